@@ -1,0 +1,1 @@
+"""The `persona` command: one file per command, which parses options and shows results."""

@@ -1,0 +1,58 @@
+"""The `persona` application: its commands, and how errors leave it."""
+
+from __future__ import annotations
+
+import sys
+from typing import Annotated
+
+import typer
+
+from persona_cli import capture, grids, inject, models, substitute
+from persona_nnsight.errors import PersonaError
+
+app = typer.Typer(
+    no_args_is_help=True,
+    add_completion=False,
+    pretty_exceptions_enable=False,
+    context_settings={"help_option_names": ["-h", "--help"]},
+    rich_markup_mode="markdown",
+)
+app.command("capture")(capture.capture)
+app.command("substitute")(substitute.substitute)
+app.command("inject")(inject.inject)
+app.add_typer(grids.app, name="grids")
+app.add_typer(models.app, name="models")
+
+
+def _show_version(wanted: bool) -> None:
+    if wanted:
+        from importlib.metadata import version
+
+        print(f"persona-nnsight {version('persona-nnsight')}")
+        raise typer.Exit
+
+
+@app.callback()
+def persona(
+    version: Annotated[
+        bool,
+        typer.Option(
+            "--version", callback=_show_version, is_eager=True, help="Show the version and exit."
+        ),
+    ] = False,
+) -> None:
+    """How a language model combines who it is asked to be with what it is asked to do.
+
+    A role prompt is "As {persona}, {task}". **capture** records what persona and task each do to
+    the residual stream, **substitute** replaces one residual by the sum of the two effects and
+    measures what changes, **inject** tries to give a persona to a prompt that does not name it.
+    """
+
+
+def main(arguments: list[str] | None = None) -> None:
+    """Run the command line; bad input is one sentence on standard error and exit code 2."""
+    try:
+        app(arguments)
+    except PersonaError as error:
+        print(f"persona: {error}", file=sys.stderr)
+        sys.exit(2)

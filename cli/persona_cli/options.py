@@ -1,0 +1,204 @@
+"""The options that capture, substitute and inject share."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated
+
+import typer
+
+from persona_nnsight.errors import PersonaError
+
+if TYPE_CHECKING:
+    from persona_nnsight.grids import Grid
+
+_MODEL, _CELLS, _SITES, _OUTPUT = "Model", "Cells", "Sites and measure", "Output"
+
+ModelSpec = Annotated[
+    str,
+    typer.Option(
+        "--model",
+        "-m",
+        help="A hub id (google/gemma-2-2b-it, Qwen/Qwen2.5-1.5B-Instruct, ...), a model "
+        "directory, a .gguf file, or the embedded smollm2-135m.",
+        rich_help_panel=_MODEL,
+    ),
+]
+Revision = Annotated[
+    str | None,
+    typer.Option(
+        help="Branch, tag or commit of a hub model.", show_default="main", rich_help_panel=_MODEL
+    ),
+]
+Dtype = Annotated[
+    str,
+    typer.Option(
+        help="float32, bfloat16, float16, or auto: bfloat16 on a GPU, float32 on a CPU.",
+        rich_help_panel=_MODEL,
+    ),
+]
+Device = Annotated[
+    str,
+    typer.Option(
+        help="auto (the best single device), cpu, cuda, cuda:1, mps, or balanced (over all GPUs).",
+        rich_help_panel=_MODEL,
+    ),
+]
+Attention = Annotated[
+    str | None,
+    typer.Option(
+        "--attn",
+        help="Attention implementation: eager, sdpa, flash_attention_2.",
+        show_default="the model's own",
+        rich_help_panel=_MODEL,
+    ),
+]
+GridSource = Annotated[
+    str | None,
+    typer.Option(
+        "--grid",
+        "-g",
+        metavar="NAME|FILE",
+        help="A built-in grid (short, long) or a YAML file; see `persona grids`.",
+        show_default="short",
+        rich_help_panel=_CELLS,
+    ),
+]
+Personas = Annotated[
+    str | None,
+    typer.Option(
+        metavar="KEYS",
+        help="Only these personas of the grid, with commas between them.",
+        show_default="all",
+        rich_help_panel=_CELLS,
+    ),
+]
+Tasks = Annotated[
+    str | None,
+    typer.Option(
+        metavar="KEYS",
+        help="Only these tasks of the grid.",
+        show_default="all",
+        rich_help_panel=_CELLS,
+    ),
+]
+PersonaText = Annotated[
+    str | None,
+    typer.Option(
+        "--persona",
+        metavar="TEXT",
+        help="One cell instead of a grid: the persona, as in 'As TEXT, ...'.",
+        show_default=False,
+        rich_help_panel=_CELLS,
+    ),
+]
+TaskText = Annotated[
+    str | None,
+    typer.Option(
+        "--task",
+        metavar="TEXT",
+        help="One cell instead of a grid: the task.",
+        show_default=False,
+        rich_help_panel=_CELLS,
+    ),
+]
+Layers = Annotated[
+    str,
+    typer.Option(
+        "--layers",
+        "-l",
+        help="8, 4-12, 4,8,12, 4-20:4, 25%,40%, or all. The residual at layer L is the input of "
+        "decoder layer L.",
+        rich_help_panel=_SITES,
+    ),
+]
+Positions = Annotated[
+    str,
+    typer.Option(
+        "--positions",
+        "-p",
+        help="p_user_last (end of the user turn), p_last (end of the prompt), g1 to g9 (generated "
+        "tokens).",
+        rich_help_panel=_SITES,
+    ),
+]
+Window = Annotated[
+    int,
+    typer.Option(help="How many tokens a KL is summed over.", rich_help_panel=_SITES),
+]
+Generate = Annotated[
+    int,
+    typer.Option(
+        metavar="N",
+        help="Also write N tokens of greedy text per condition and site to text.jsonl.",
+        rich_help_panel=_OUTPUT,
+    ),
+]
+Out = Annotated[
+    Path | None,
+    typer.Option(
+        "--out",
+        "-o",
+        metavar="DIR",
+        help="Where the run goes; a directory that holds something is refused.",
+        show_default="outputs/COMMAND-MODEL-GRID-N",
+        rich_help_panel=_OUTPUT,
+    ),
+]
+Json = Annotated[
+    bool,
+    typer.Option(
+        "--json",
+        help="A machine-readable summary on standard output, and nothing else there.",
+        rich_help_panel=_OUTPUT,
+    ),
+]
+DryRun = Annotated[
+    bool,
+    typer.Option(
+        "--dry-run",
+        help="Print the plan (cells, tokens, forward passes, memory) without loading weights.",
+        rich_help_panel=_OUTPUT,
+    ),
+]
+Verbose = Annotated[
+    bool,
+    typer.Option(
+        "--verbose",
+        "-v",
+        help="Also show the plan, the timings and the libraries' own messages.",
+        rich_help_panel=_OUTPUT,
+    ),
+]
+
+
+def choose_grid(
+    grid: str | None,
+    personas: str | None,
+    tasks: str | None,
+    persona: str | None,
+    task: str | None,
+) -> Grid:
+    """The grid that the cell options name.
+
+    Raises:
+        PersonaError: options that contradict each other, or an unknown grid or key.
+    """
+    from persona_nnsight.grids import Grid
+
+    if persona is not None or task is not None:
+        if persona is None or task is None:
+            given, other = ("--persona", "--task") if task is None else ("--task", "--persona")
+            raise PersonaError(f"{given} asks for one cell, which also needs {other} TEXT.")
+        if grid is not None or personas is not None or tasks is not None:
+            raise PersonaError(
+                "--persona and --task name one cell and cannot go with --grid, --personas or "
+                "--tasks; use one or the other."
+            )
+        return Grid.single(persona, task)
+    return Grid.load(grid or "short").select(split_names(personas), split_names(tasks))
+
+
+def split_names(text: str | None) -> list[str] | None:
+    """Names with commas between them, as a list; None stays None."""
+    return None if text is None else [key.strip() for key in text.split(",")]

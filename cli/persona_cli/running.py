@@ -1,0 +1,196 @@
+"""What capture, substitute and inject do around their experiment: load, plan, run, save, show."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import typer
+from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+from rich.table import Table
+
+if TYPE_CHECKING:
+    import pandas as pd
+
+    from persona_nnsight.grids import Grid
+    from persona_nnsight.models import Model
+    from persona_nnsight.plan import Plan
+    from persona_nnsight.results import Result
+
+#: Progress, notes and errors; standard output is for results.
+notes = Console(stderr=True, highlight=False)
+
+
+def run_experiment(
+    command: str,
+    *,
+    grid: Grid,
+    load: dict[str, Any],
+    make_plan: Callable[[Model], Plan],
+    experiment: Callable[[Model, Callable[[int, int], None]], Result],
+    show: Callable[[Result], Table],
+    out: Path | None,
+    as_json: bool,
+    dry_run: bool,
+    verbose: bool,
+) -> None:
+    """Run one experiment from options to files, or with `dry_run` print its plan.
+
+    Args:
+        command: the command's name.
+        grid: the cells.
+        load: arguments of `persona_nnsight.load_model`.
+        make_plan: the experiment's plan for a model with or without weights.
+        experiment: runs it, reporting progress.
+        show: the result as a table for the terminal.
+        out: the run directory, or None for the default.
+        as_json: standard output holds one JSON object and nothing else.
+        dry_run: plan only.
+        verbose: show the plan, the timings and the libraries' messages.
+    """
+    from persona_nnsight.runs import check_free, default_directory
+
+    if out is not None:
+        check_free(out)
+    _quiet_libraries(verbose)
+
+    from persona_nnsight.experiments import Interrupted
+    from persona_nnsight.models import load_model
+
+    with notes.status("Loading the model") as status:
+        model = load_model(**load, weights=not dry_run, notify=lambda line: status.update(line))
+        plan = make_plan(model)
+    if dry_run or verbose:
+        _show_plan(command, model, grid, plan, as_json=as_json and dry_run, on_stdout=dry_run)
+    if dry_run:
+        return
+    slug = model.weights.slug
+    interrupted = False
+    try:
+        with _progress_bar(command) as progress:
+            result = experiment(model, progress)
+    except Interrupted as stop:
+        interrupted = True
+        if stop.result is None:
+            notes.print("Interrupted before anything was finished; nothing was written.")
+            raise typer.Exit(130) from None
+        result = stop.result
+    directory = result.save(out or default_directory(command, slug, grid.name))
+    if as_json:
+        print(json.dumps(_summary(result, directory), indent=1, ensure_ascii=False))
+    else:
+        Console(highlight=False).print(show(result))
+        _show_files(directory)
+    if verbose:
+        for stage, seconds in result.seconds.items():
+            notes.print(f"{stage.replace('_', ' ')}: {seconds:.1f} s", style="dim")
+    if interrupted:
+        notes.print("Interrupted: the tables hold what was finished, and run.json says so.")
+        raise typer.Exit(130)
+
+
+def _quiet_libraries(verbose: bool) -> None:
+    """Keep transformers' own progress bars and advice off the terminal."""
+    if verbose:
+        return
+    from transformers.utils import logging
+
+    logging.disable_progress_bar()
+    logging.set_verbosity_error()
+
+
+@contextmanager
+def _progress_bar(command: str) -> Iterator[Callable[[int, int], None]]:
+    bar = Progress(
+        TextColumn("{task.description}"),
+        BarColumn(),
+        MofNCompleteColumn(),
+        TextColumn("rows, about"),
+        TimeRemainingColumn(compact=True),
+        TextColumn("left"),
+        console=notes,
+        transient=True,
+    )
+    with bar:
+        task = bar.add_task(command, total=None)
+        yield lambda done, total: bar.update(task, completed=done, total=total)
+
+
+def _show_plan(
+    command: str, model: Model, grid: Grid, plan: Plan, *, as_json: bool, on_stdout: bool
+) -> None:
+    from persona_nnsight.costs import estimate, fit_limits
+    from persona_nnsight.model_files import human_size
+
+    limits = fit_limits(plan, model)
+    cost = estimate(plan, model, limits)
+    if as_json:
+        summary = {
+            "command": command,
+            "model": model.weights.model_id,
+            "grid": grid.name,
+            "layers": plan.layers,
+            "positions": plan.positions,
+            "window": plan.window,
+            "cells": [[cell.persona, cell.task] for cell in plan.cells],
+            "cost": cost.to_dict(),
+        }
+        print(json.dumps(summary, indent=1, ensure_ascii=False))
+        return
+    dtype = str(model.dtype).removeprefix("torch.")
+    rows = {
+        "model": f"{model.weights.model_id}, {dtype} on {model.device}",
+        "grid": f"{grid.name}, {cost.cells} cells",
+        "layers": ", ".join(map(str, plan.layers)) + f" of {model.tree.n_layers}",
+        "positions": ", ".join(plan.positions),
+        "edits": f"{cost.edits} per cell, {cost.edits * cost.cells} rows",
+        "unique prompts": f"{cost.unique_prompts}, {cost.prompt_tokens} tokens",
+        "tokens": f"{cost.token_forwards} through the model",
+        "forward passes": f"{cost.forward_passes}, up to {limits.rows} rows each",
+        "memory": f"{human_size(cost.weight_bytes)} of weights, "
+        f"about {human_size(cost.working_bytes)} beside them",
+    }
+    table = Table(box=None, show_header=False, pad_edge=False)
+    table.add_column(style="bold")
+    for name, value in rows.items():
+        table.add_row(name, value)
+    (Console(highlight=False) if on_stdout else notes).print(table)
+
+
+def _summary(result: Result, directory: Path) -> dict[str, Any]:
+    """What ``--json`` prints."""
+    return {
+        "command": result.command,
+        "model": result.model.weights.model_id,
+        "grid": result.grid.name,
+        "complete": result.complete,
+        "out": str(directory),
+        "files": sorted(path.name for path in directory.iterdir()),
+        "summary": _records(result.summary()),
+        "seconds": round(result.seconds["total"], 3),
+    }
+
+
+def _records(table: pd.DataFrame) -> list[dict[str, Any]]:
+    """Rows as JSON objects; what is missing is null."""
+    records: list[dict[str, Any]] = json.loads(table.to_json(orient="records", double_precision=15))
+    return records
+
+
+def _show_files(directory: Path) -> None:
+    names = ", ".join(sorted(path.name for path in directory.iterdir()))
+    Console(highlight=False, soft_wrap=True).print(f"\n{directory}/: {names}", markup=False)
+
+
+def percent(value: float) -> str:
+    """A share for the terminal: ``89 %``, or a dash where there is none."""
+    return "-" if value != value else f"{100 * value:.0f} %"
+
+
+def fixed(value: float) -> str:
+    """A number for the terminal, to three decimals, or a dash where there is none."""
+    return "-" if value != value else f"{value:.3f}"

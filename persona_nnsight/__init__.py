@@ -1,0 +1,51 @@
+"""persona-nnsight: how a language model combines who it is asked to be with what it is asked to do.
+
+>>> from persona_nnsight import Grid, load_model, substitute
+>>> model = load_model("smollm2-135m")                                        # doctest: +SKIP
+>>> result = substitute(model, Grid.load("short"), layers="25%,40%")          # doctest: +SKIP
+>>> result.summary()                                                          # doctest: +SKIP
+
+Names are imported when they are first used, so that importing the package does not import torch.
+"""
+
+from __future__ import annotations
+
+from importlib import import_module
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from persona_nnsight.errors import PersonaError
+    from persona_nnsight.experiments import Interrupted, capture, inject, substitute
+    from persona_nnsight.grids import Cell, Grid, Persona, Task
+    from persona_nnsight.models import Model, load_model
+    from persona_nnsight.results import CaptureResult, EditResult
+
+__all__ = [
+    "CaptureResult",
+    "Cell",
+    "EditResult",
+    "Grid",
+    "Interrupted",
+    "Model",
+    "Persona",
+    "PersonaError",
+    "Task",
+    "capture",
+    "inject",
+    "load_model",
+    "substitute",
+]
+
+_HOME = {
+    "PersonaError": "errors",
+    **dict.fromkeys(("Interrupted", "capture", "inject", "substitute"), "experiments"),
+    **dict.fromkeys(("Cell", "Grid", "Persona", "Task"), "grids"),
+    **dict.fromkeys(("Model", "load_model"), "models"),
+    **dict.fromkeys(("CaptureResult", "EditResult"), "results"),
+}
+
+
+def __getattr__(name: str) -> Any:
+    if name not in _HOME:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    return getattr(import_module(f"{__name__}.{_HOME[name]}"), name)

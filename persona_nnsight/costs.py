@@ -1,0 +1,141 @@
+"""What a plan costs before it runs: tokens, passes, memory, and the batch sizes that fit."""
+
+from __future__ import annotations
+
+import math
+from collections import Counter
+from dataclasses import asdict, dataclass
+from typing import TYPE_CHECKING
+
+import torch
+
+from persona_nnsight.plan import Plan
+from persona_nnsight.sites import generated_index
+
+if TYPE_CHECKING:
+    from persona_nnsight.models import Model
+    from persona_nnsight.module_tree import ModuleTree
+
+#: Share of the free memory that a run may fill besides the weights.
+_BUDGET_SHARE = 0.25
+#: Beyond this many tokens in one forward the matrix products run no faster, so batches stop here.
+_BATCH_TOKENS = {"cpu": 1024, "gpu": 16384}
+
+
+@dataclass(frozen=True)
+class Limits:
+    """Batch sizes: cells that are recorded together, and edited rows in one forward."""
+
+    cells: int
+    rows: int
+
+
+@dataclass(frozen=True)
+class Cost:
+    """The size of a plan.
+
+    Attributes:
+        cells, unique_prompts, edits: how many of each; every edit runs on every cell.
+        prompt_tokens: tokens of the unique prompts, each prompt once.
+        token_forwards: tokens pushed through the model, prompts and continuations, counting a
+            token once however many layers are skipped.
+        forward_passes: batched forwards, decoding steps included.
+        weight_bytes, working_bytes: memory of the weights and an estimate of the peak beside them.
+    """
+
+    cells: int
+    unique_prompts: int
+    edits: int
+    prompt_tokens: int
+    token_forwards: int
+    forward_passes: int
+    weight_bytes: int
+    working_bytes: int
+
+    def to_dict(self) -> dict[str, int]:
+        """The fields by name."""
+        return asdict(self)
+
+
+def fed_tokens(plan: Plan, position: str) -> int:
+    """Tokens of a continuation that an edit at `position` is scored on, its tail included."""
+    return plan.tail + generated_index(position) + plan.window - 1
+
+
+def fit_limits(plan: Plan, model: Model) -> Limits:
+    """Batch sizes for this plan in a share of the memory that is free now."""
+    budget = int(_BUDGET_SHARE * _free_memory(model.device))
+    row_bytes, cell_bytes = _row_bytes(plan, model.tree), _cell_bytes(plan, model.tree)
+    tokens = _BATCH_TOKENS["cpu" if model.device == "cpu" else "gpu"]
+    longest_fed = plan.tail + plan.reference_tokens
+    rows = min(budget // 2 // row_bytes, tokens // longest_fed)
+    return Limits(cells=max(1, budget // 2 // cell_bytes), rows=max(1, rows))
+
+
+def estimate(plan: Plan, model: Model, limits: Limits) -> Cost:
+    """Count what `plan` computes when it is cut into batches of `limits`."""
+    n_cells, n_roles = len(plan.cells), len(plan.roles)
+    chunks = math.ceil(n_cells / limits.cells)
+    prompt_tokens = sum(len(prompt.ids) for prompt in plan.prompts)
+    steps = plan.last_generated + 1
+    recorded = n_cells * (n_roles * (plan.tail + steps - 1) + plan.window - 1)
+    passes = chunks * (1 + steps + plan.window - 1)
+    groups: Counter[tuple[str, tuple[int, ...]]] = Counter(
+        (edit.position, edit.layers) for edit in plan.edits
+    )
+    edited = 0
+    if plan.edits:
+        hosts = 1 if plan.host == "XY" else 2
+        edited += hosts * n_cells * (plan.tail + plan.reference_tokens - 1)
+        passes += hosts * chunks
+        cells_in_chunk = min(limits.cells, n_cells)
+        for (position, _), conditions in groups.items():
+            edited += n_cells * conditions * fed_tokens(plan, position)
+            passes += chunks * math.ceil(cells_in_chunk * conditions / limits.rows)
+    texts = n_cells * len(plan.text_edits)
+    edited += texts * (plan.tail + plan.generate - 1)
+    passes += math.ceil(texts / limits.rows) * plan.generate
+    item = model.dtype.itemsize
+    working = min(limits.cells, n_cells) * _cell_bytes(plan, model.tree)
+    if plan.edits:
+        widest = max(groups.values()) * min(limits.cells, n_cells)
+        working += min(limits.rows, widest) * _row_bytes(plan, model.tree)
+    return Cost(
+        cells=n_cells,
+        unique_prompts=len(plan.prompts),
+        edits=len(plan.edits),
+        prompt_tokens=prompt_tokens,
+        token_forwards=prompt_tokens + recorded + edited,
+        forward_passes=passes,
+        weight_bytes=model.n_parameters * item,
+        working_bytes=working,
+    )
+
+
+def _longest(plan: Plan) -> int:
+    return max(len(prompt.ids) for prompt in plan.prompts)
+
+
+def _row_bytes(plan: Plan, tree: ModuleTree) -> int:
+    """One edited row: its copy of the KV cache (old and grown), and logits with their softmax."""
+    length = _longest(plan) + max(plan.reference_tokens, plan.generate)
+    return 2 * length * tree.kv_bytes + 2 * plan.window * tree.vocab_size * 4
+
+
+def _cell_bytes(plan: Plan, tree: ModuleTree) -> int:
+    """One recorded cell: KV rows of all its prompts, clean log-probabilities, residuals."""
+    length = _longest(plan) + plan.reference_tokens
+    caches = 3 * len(plan.roles) * length * tree.kv_bytes
+    reference = 2 * plan.reference_tokens * tree.vocab_size * 4 if plan.edits else 0
+    residuals = len(plan.layers) * (plan.tail + plan.reference_tokens) * tree.d_model * 4
+    return caches + reference + residuals
+
+
+def _free_memory(device: str) -> int:
+    if device == "balanced":
+        return min(torch.cuda.mem_get_info(index)[0] for index in range(torch.cuda.device_count()))
+    if device.startswith("cuda"):
+        return int(torch.cuda.mem_get_info(device)[0])
+    import psutil
+
+    return int(psutil.virtual_memory().available)

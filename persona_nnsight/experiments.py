@@ -1,0 +1,346 @@
+"""The three experiments: grid and options in, results out.
+
+Each has a ``plan_…`` half, which needs no weights and computes nothing, and a half that runs the
+plan.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Iterable
+from typing import Any
+
+import torch
+
+from persona_nnsight.costs import estimate, fit_limits
+from persona_nnsight.engine import Recorded, Scored, Written, run
+from persona_nnsight.errors import PersonaError
+from persona_nnsight.grids import Grid
+from persona_nnsight.interventions import SUBSTITUTE_CONDITIONS
+from persona_nnsight.models import Model
+from persona_nnsight.plan import Edit, Plan, build_plan
+from persona_nnsight.results import CaptureResult, EditResult, Result, Text
+from persona_nnsight.sites import (
+    DEFAULT_LAYERS,
+    DEFAULT_POSITIONS,
+    format_layers,
+    parse_layers,
+    parse_positions,
+)
+
+#: Called as ``progress(done, total)`` whenever work is finished; the unit is one row of a table.
+Progress = Callable[[int, int], None]
+
+Layers = str | int | Iterable[int]
+Positions = str | Iterable[str]
+
+
+class Interrupted(KeyboardInterrupt):
+    """Ctrl-C during a run; ``result`` holds what was finished, or None."""
+
+    def __init__(self, result: Result | None) -> None:
+        super().__init__()
+        self.result = result
+
+
+def plan_capture(
+    model: Model,
+    grid: Grid,
+    *,
+    layers: Layers = DEFAULT_LAYERS,
+    positions: Positions = DEFAULT_POSITIONS,
+    window: int = 10,
+) -> Plan:
+    """The plan of `capture`."""
+    return _plan(model, grid, layers, positions, window=window)
+
+
+def capture(
+    model: Model,
+    grid: Grid,
+    *,
+    layers: Layers = DEFAULT_LAYERS,
+    positions: Positions = DEFAULT_POSITIONS,
+    window: int = 10,
+    progress: Progress | None = None,
+) -> CaptureResult:
+    """Record the residuals of BB, XB, BY and XY at every asked site, and how they add up.
+
+    At g1, g2, … all four are teacher-forced on XY's greedy continuation, so positions line up.
+
+    Args:
+        model: from `load_model`.
+        grid: the cells.
+        layers: an expression such as ``4-12`` or ``25%,40%``, or layer numbers.
+        positions: names such as ``p_last,g1,g2``.
+        window: tokens of XY's continuation that are kept beyond the last position.
+        progress: called with (rows done, rows in all).
+
+    Raises:
+        PersonaError: bad input, or a residual that is not finite.
+        Interrupted: Ctrl-C; holds the finished cells.
+    """
+    plan = plan_capture(model, grid, layers=layers, positions=positions, window=window)
+    result = _execute("capture", model, grid, plan, progress)
+    assert isinstance(result, CaptureResult)
+    return result
+
+
+def plan_substitute(
+    model: Model,
+    grid: Grid,
+    *,
+    layers: Layers = DEFAULT_LAYERS,
+    positions: Positions = DEFAULT_POSITIONS,
+    conditions: Iterable[str] | None = None,
+    window: int = 10,
+    generate: int = 0,
+    seed: int = 0,
+) -> Plan:
+    """The plan of `substitute`."""
+    chosen = _conditions(conditions, grid)
+    edits = [
+        Edit(condition, position, (layer,))
+        for condition in chosen
+        for position in parse_positions(positions)
+        for layer in parse_layers(layers, model.tree.n_layers)
+    ]
+    return _plan(
+        model, grid, layers, positions, window=window, edits=edits, generate=generate, seed=seed
+    )
+
+
+def substitute(
+    model: Model,
+    grid: Grid,
+    *,
+    layers: Layers = DEFAULT_LAYERS,
+    positions: Positions = DEFAULT_POSITIONS,
+    conditions: Iterable[str] | None = None,
+    window: int = 10,
+    generate: int = 0,
+    seed: int = 0,
+    progress: Progress | None = None,
+) -> EditResult:
+    """Overwrite one residual of the XY run, one site at a time, and measure what changes.
+
+    KL is Σ over the `window` tokens after the site of KL(clean ‖ patched), in nats.
+
+    Args:
+        model: from `load_model`.
+        grid: the cells.
+        layers, positions: the sites; see `capture`.
+        conditions: which vectors to write, from `SUBSTITUTE_CONDITIONS`; None for all (without
+            ``other_x`` when the grid has a single persona).
+        window: tokens per KL.
+        generate: also write this many tokens of greedy text per edit.
+        seed: of the ``random`` control.
+        progress: called with (rows done, rows in all).
+
+    Raises:
+        PersonaError: bad input, or a value that is not finite.
+        Interrupted: Ctrl-C; holds the finished rows.
+    """
+    plan = plan_substitute(
+        model,
+        grid,
+        layers=layers,
+        positions=positions,
+        conditions=conditions,
+        window=window,
+        generate=generate,
+        seed=seed,
+    )
+    result = _execute("substitute", model, grid, plan, progress, seed=seed)
+    assert isinstance(result, EditResult)
+    return result
+
+
+def plan_inject(
+    model: Model,
+    grid: Grid,
+    *,
+    layers: Layers = DEFAULT_LAYERS,
+    each: bool = False,
+    window: int = 10,
+    generate: int = 0,
+) -> Plan:
+    """The plan of `inject`."""
+    numbers = parse_layers(layers, model.tree.n_layers)
+    sets = [numbers]
+    if each and len(numbers) > 1:
+        sets += [(layer,) for layer in numbers]
+    edits = [Edit("host", "p_last", ())]
+    edits += [Edit(condition, "p_last", s) for condition in ("oracle", "cached") for s in sets]
+    return _plan(
+        model, grid, numbers, "p_last", window=window, edits=edits, generate=generate, host="BY"
+    )
+
+
+def inject(
+    model: Model,
+    grid: Grid,
+    *,
+    layers: Layers = DEFAULT_LAYERS,
+    each: bool = False,
+    window: int = 10,
+    generate: int = 0,
+    progress: Progress | None = None,
+) -> EditResult:
+    """Write the persona's residual into the prompt without the persona, at its last token.
+
+    The host is BY. All of `layers` are written in one run, each with its own vector; every run is
+    scored on XY's clean continuation, KL(clean XY ‖ host run).
+
+    Args:
+        model: from `load_model`.
+        grid: the cells.
+        layers: the layers that are written together.
+        each: add a run for every layer alone.
+        window: tokens per KL.
+        generate: also write this many tokens of greedy text per edit.
+        progress: called with (rows done, rows in all).
+
+    Raises:
+        PersonaError: bad input, or a value that is not finite.
+        Interrupted: Ctrl-C; holds the finished rows.
+    """
+    plan = plan_inject(model, grid, layers=layers, each=each, window=window, generate=generate)
+    result = _execute("inject", model, grid, plan, progress, each=each)
+    assert isinstance(result, EditResult)
+    return result
+
+
+def _conditions(conditions: Iterable[str] | None, grid: Grid) -> list[str]:
+    has_donor = len(grid.personas) > 1
+    if conditions is None:
+        return [name for name in SUBSTITUTE_CONDITIONS if name != "other_x" or has_donor]
+    wanted = list(dict.fromkeys(conditions))
+    for name in wanted:
+        if name not in SUBSTITUTE_CONDITIONS:
+            raise PersonaError(
+                f"Condition {name!r} does not exist; use {', '.join(SUBSTITUTE_CONDITIONS)}."
+            )
+    if not wanted:
+        raise PersonaError(f"No condition was named; use {', '.join(SUBSTITUTE_CONDITIONS)}.")
+    if "other_x" in wanted and not has_donor:
+        raise PersonaError(
+            "Condition 'other_x' needs a second persona to take Δ_X from and this grid has one; "
+            "use a grid with several, or leave the condition out."
+        )
+    return [name for name in SUBSTITUTE_CONDITIONS if name in wanted]
+
+
+def _plan(model: Model, grid: Grid, layers: Layers, positions: Positions, **options: Any) -> Plan:
+    plan = build_plan(
+        model.tokenizer,
+        grid,
+        layers=parse_layers(layers, model.tree.n_layers),
+        positions=parse_positions(positions),
+        eos_ids=model.eos_ids,
+        **options,
+    )
+    longest = max(plan.prompts, key=lambda prompt: len(prompt.ids))
+    tokens = len(longest.ids) + max(plan.reference_tokens, plan.generate)
+    if tokens > model.tree.max_length:
+        raise PersonaError(
+            f"The prompt {_shorten(longest.text)!r} and its continuation take {tokens} tokens and "
+            f"this model has room for {model.tree.max_length}; use shorter texts or a smaller "
+            "--window."
+        )
+    return plan
+
+
+def _shorten(text: str) -> str:
+    return text if len(text) <= 60 else f"{text[:57]}..."
+
+
+def _execute(
+    command: str,
+    model: Model,
+    grid: Grid,
+    plan: Plan,
+    progress: Progress | None,
+    **arguments: Any,
+) -> Result:
+    """Run a plan on this machine and gather its events."""
+    if not model.has_weights:
+        raise PersonaError("This model was loaded without weights; use load_model(...) as it is.")
+    limits = fit_limits(plan, model)
+    cost = estimate(plan, model, limits)
+    continuations: dict[int, tuple[int, ...]] = {}
+    residuals: list[dict[str, torch.Tensor]] = []
+    scores: list[Scored] = []
+    texts: list[Text] = []
+    total = len(plan.cells) * (1 + len(plan.edits) + len(plan.text_edits))
+    done = 0
+    start = time.perf_counter()
+    recorded = 0.0
+
+    def result(*, complete: bool) -> Result:
+        common: dict[str, Any] = {
+            "command": command,
+            "model": model,
+            "grid": grid,
+            "plan": plan,
+            "cost": cost,
+            "arguments": {
+                "layers": list(plan.layers),
+                "positions": list(plan.positions),
+                "window": plan.window,
+                "conditions": list(dict.fromkeys(edit.condition for edit in plan.edits)),
+                "generate": plan.generate,
+                **arguments,
+            },
+            "continuations": continuations,
+            "seconds": {
+                "until_first_cells_recorded": recorded,
+                "total": time.perf_counter() - start,
+            },
+            "complete": complete,
+        }
+        if plan.edits:
+            return EditResult(**common, scores=scores, texts=texts)
+        joined = {key: torch.cat([part[key] for part in residuals]) for key in residuals[0]}
+        return CaptureResult(**common, residuals=joined, cells=tuple(continuations))
+
+    try:
+        for event in run(model.lm, model.tree, plan, limits):
+            match event:
+                case Recorded():
+                    continuations.update(zip(event.cells, event.continuations, strict=True))
+                    if event.residuals is not None:
+                        residuals.append(event.residuals)
+                    recorded = recorded or time.perf_counter() - start
+                    done += len(event.cells)
+                case Scored():
+                    scores.append(event)
+                    done += 1
+                case Written():
+                    texts.append(_text(model, plan, event))
+                    done += 1
+            if progress is not None:
+                progress(done, total)
+    except KeyboardInterrupt as interrupt:
+        finished = bool(scores or residuals)
+        raise Interrupted(result(complete=False) if finished else None) from interrupt
+    return result(complete=True)
+
+
+def _text(model: Model, plan: Plan, event: Written) -> Text:
+    cell = plan.cells[event.cell]
+    edit = plan.edits[event.edit] if event.edit is not None else None
+    site = edit if edit is not None and edit.layers else None
+    return Text(
+        persona=cell.persona,
+        task=cell.task,
+        condition=edit.condition if edit else "clean",
+        position=site.position if site else None,
+        layers=format_layers(site.layers) if site else None,
+        text=str(
+            model.tokenizer.decode(
+                list(event.tokens), skip_special_tokens=True, clean_up_tokenization_spaces=False
+            )
+        ),
+        n_tokens=len(event.tokens),
+    )

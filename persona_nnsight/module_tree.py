@@ -1,0 +1,83 @@
+"""Where a model keeps its decoder layers, found from its module tree.
+
+No table of model names: the decoder layers are the one `torch.nn.ModuleList` that has as many
+members as the text configuration has layers and stands in the text decoder (not in a vision or
+audio tower).
+"""
+
+from __future__ import annotations
+
+import sys
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+import torch
+
+from persona_nnsight.errors import PersonaError
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
+
+#: Parts of a multimodal model that hold layer lists of their own.
+_TOWERS = ("vision", "visual", "audio", "speech", "image")
+
+
+@dataclass(frozen=True)
+class ModuleTree:
+    """The parts of a model that the engine touches.
+
+    Attributes:
+        layers: dotted path of the decoder layers, such as ``model.layers``.
+        n_layers: how many decoder layers there are.
+        d_model: width of the residual stream.
+        vocab_size: rows of the output embedding.
+        kv_bytes: bytes that one token takes in the KV cache, all layers together.
+        max_length: tokens that the model has positions for.
+    """
+
+    layers: str
+    n_layers: int
+    d_model: int
+    vocab_size: int
+    kv_bytes: int
+    max_length: int
+
+
+def find_tree(model: PreTrainedModel, dtype: torch.dtype) -> ModuleTree:
+    """Find the decoder layers of a (possibly weightless) causal language model.
+
+    Raises:
+        PersonaError: no module list fits, or more than one does; the message says what was looked
+            for and what was found.
+    """
+    config = model.config.get_text_config(decoder=True)
+    n_layers = config.num_hidden_layers
+    lists = {
+        name: len(module)
+        for name, module in model.named_modules()
+        if isinstance(module, torch.nn.ModuleList)
+    }
+    fitting = [
+        name
+        for name, length in lists.items()
+        if length == n_layers and not any(tower in name.lower() for tower in _TOWERS)
+    ]
+    if len(fitting) != 1:
+        seen = ", ".join(f"{name} ({length})" for name, length in lists.items()) or "none"
+        raise PersonaError(
+            f"Cannot find the decoder layers of a {type(model).__name__}: looked for one list of "
+            f"{n_layers} modules outside a vision or audio tower, such as model.layers or "
+            f"transformer.h, and the module lists here are {seen}; please report the architecture."
+        )
+    heads = getattr(config, "num_key_value_heads", None) or config.num_attention_heads
+    head_dim = getattr(config, "head_dim", None) or (
+        config.hidden_size // config.num_attention_heads
+    )
+    return ModuleTree(
+        layers=fitting[0],
+        n_layers=n_layers,
+        d_model=config.hidden_size,
+        vocab_size=config.vocab_size,
+        kv_bytes=2 * n_layers * heads * head_dim * dtype.itemsize,
+        max_length=getattr(config, "max_position_embeddings", None) or sys.maxsize,
+    )

@@ -1,0 +1,184 @@
+"""A run directory: what an experiment leaves on disk.
+
+========================  ======================================================================
+``run.json``              command, arguments, model, versions, grid, token ids, timings, memory
+``kl.csv``                substitute, inject: one row per cell and edit
+``summary.csv``           substitute, inject: one row per edit
+``text.jsonl``            with generated text: one object a line
+``geometry.csv``          capture: one row per cell and site
+``residuals.safetensors`` capture: h_BB, h_XB, h_BY, h_XY, float32 [cells, positions, layers, d]
+========================  ======================================================================
+
+A directory is written whole under a temporary name beside its target and then renamed, so it is
+there complete or not at all.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import platform
+import shutil
+import sys
+import tempfile
+from dataclasses import asdict
+from datetime import datetime, timezone
+from importlib.metadata import version
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from persona_nnsight.errors import PersonaError
+
+if TYPE_CHECKING:
+    from persona_nnsight.results import Result
+
+#: Version of the layout of ``run.json``.
+FORMAT = 1
+
+_LIBRARIES = ("persona-nnsight", "nnsight", "torch", "transformers", "numpy", "pandas")
+
+
+def check_free(directory: Path) -> None:
+    """Refuse a target that holds anything, before work is spent on it.
+
+    Raises:
+        PersonaError: `directory` is a file, holds a run, or is not empty.
+    """
+    advice = "choose another --out, or remove it first"
+    if directory.is_dir():
+        if (directory / "run.json").exists():
+            raise PersonaError(f"{str(directory)!r} already holds a run; {advice}.")
+        if any(directory.iterdir()):
+            raise PersonaError(f"The directory {str(directory)!r} is not empty; {advice}.")
+    elif directory.exists() or directory.is_symlink():
+        raise PersonaError(f"{str(directory)!r} is a file, not a directory; {advice}.")
+    parent = _existing_parent(directory)
+    if not parent.is_dir() or not os.access(parent, os.W_OK):
+        raise PersonaError(
+            f"Cannot create {str(directory)!r}: {str(parent)!r} is no directory that you may write "
+            "to; choose another --out."
+        )
+
+
+def _existing_parent(directory: Path) -> Path:
+    parent = directory.absolute().parent
+    while not parent.exists() and parent != parent.parent:
+        parent = parent.parent
+    return parent
+
+
+def default_directory(command: str, model: str, grid: str, root: Path = Path("outputs")) -> Path:
+    """``outputs/<command>-<model>-<grid>-<n>`` with the lowest n that is free."""
+    n = 1
+    while (directory := root / f"{command}-{model}-{grid}-{n}").exists():
+        n += 1
+    return directory
+
+
+def save_run(result: Result, directory: Path) -> Path:
+    """Write `result` as a run directory and return its path.
+
+    Raises:
+        PersonaError: the directory already holds something, or cannot be written.
+    """
+    check_free(directory)
+    try:
+        directory.parent.mkdir(parents=True, exist_ok=True)
+        partial = Path(tempfile.mkdtemp(prefix=f".{directory.name}-", dir=directory.parent))
+        try:
+            partial.chmod(0o755)
+            _write_files(result, partial)
+            if directory.is_dir():
+                directory.rmdir()
+            partial.rename(directory)
+        except BaseException:
+            shutil.rmtree(partial, ignore_errors=True)
+            raise
+    except OSError as error:
+        raise PersonaError(
+            f"The run cannot be written to {str(directory)!r} ({error.strerror or error}); choose "
+            "another --out."
+        ) from error
+    return directory
+
+
+def _write_files(result: Result, directory: Path) -> None:
+    from safetensors.torch import save_file
+
+    from persona_nnsight.results import CaptureResult, EditResult
+
+    if isinstance(result, CaptureResult):
+        tensors = {f"h_{key}": value.contiguous() for key, value in result.residuals.items()}
+        save_file(tensors, directory / "residuals.safetensors")
+        result.frame().to_csv(directory / "geometry.csv", index=False)
+    if isinstance(result, EditResult):
+        result.frame().to_csv(directory / "kl.csv", index=False)
+        result.summary().to_csv(directory / "summary.csv", index=False)
+        if result.texts:
+            lines = (json.dumps(asdict(text), ensure_ascii=False) for text in result.texts)
+            (directory / "text.jsonl").write_text("\n".join(lines) + "\n", encoding="utf-8")
+    manifest = json.dumps(run_manifest(result), indent=1, ensure_ascii=False)
+    (directory / "run.json").write_text(manifest + "\n", encoding="utf-8")
+
+
+def run_manifest(result: Result) -> dict[str, Any]:
+    """The content of ``run.json``: what ran, on what, with which inputs, and how long it took."""
+    model, plan = result.model, result.plan
+    return {
+        "format": FORMAT,
+        "command": result.command,
+        "argv": sys.argv[1:] if Path(sys.argv[0]).name == "persona" else None,
+        "arguments": result.arguments,
+        "complete": result.complete,
+        "finished": datetime.now(timezone.utc).isoformat(timespec="seconds"),
+        "model": {
+            "id": model.weights.model_id,
+            "spec": model.weights.spec,
+            "revision": model.weights.revision,
+            "sha256": model.weights.sha256,
+            "dtype": str(model.dtype).removeprefix("torch."),
+            "device": model.device,
+            "attention": model.attention,
+            "n_layers": model.tree.n_layers,
+            "d_model": model.tree.d_model,
+            "n_parameters": model.n_parameters,
+        },
+        "versions": {
+            "python": platform.python_version(),
+            "platform": platform.platform(),
+            **{library: version(library) for library in _LIBRARIES},
+        },
+        "grid": result.grid.to_dict(),
+        "cells": [
+            {
+                "persona": cell.persona,
+                "task": cell.task,
+                "prompts": cell.prompts,
+                "continuation": result.continuations.get(index),
+            }
+            for index, cell in enumerate(plan.cells)
+        ],
+        "prompts": [asdict(prompt) for prompt in plan.prompts],
+        "cost": result.cost.to_dict(),
+        "seconds": {name: round(value, 3) for name, value in result.seconds.items()},
+        "peak_memory_bytes": _peak_memory(model.device),
+    }
+
+
+def _peak_memory(device: str) -> dict[str, int]:
+    """Most memory this process has held: ``host``, and ``gpu`` where there is one."""
+    peak: dict[str, int] = {}
+    if sys.platform == "win32":
+        import psutil
+
+        peak["host"] = psutil.Process().memory_info().peak_wset
+    else:
+        import resource
+
+        unit = 1 if sys.platform == "darwin" else 1024
+        peak["host"] = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit
+    if device.startswith("cuda") or device == "balanced":
+        import torch
+
+        peak["gpu"] = sum(map(torch.cuda.max_memory_allocated, range(torch.cuda.device_count())))
+    return peak

@@ -1,0 +1,298 @@
+"""Tiny random-weight models and a byte tokenizer, saved as ordinary Hugging Face directories.
+
+Every model has `N_LAYERS` decoder layers and untrained but *loud* weights: biases and norms
+are random too, so a skipped module, a wrong layer or a wrong position changes the logits.
+
+A token is a byte, so prompts are long and a generation header alone is 13 tokens: in the Gemma
+families layers 0 and 1 see at most 8 tokens back, and at p_last *all prompts look alike there*
+(every KL is ~0). Use layers 2 to 4 where an edit has to matter.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any, cast
+
+import torch
+from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers, processors
+from transformers import (
+    Gemma2Config,
+    Gemma2ForCausalLM,
+    Gemma3Config,
+    Gemma3ForCausalLM,
+    Gemma3ForConditionalGeneration,
+    Gemma3TextConfig,
+    GPT2Config,
+    GPT2LMHeadModel,
+    GPTNeoXConfig,
+    GPTNeoXForCausalLM,
+    LlamaConfig,
+    LlamaForCausalLM,
+    MistralConfig,
+    MistralForCausalLM,
+    Olmo2Config,
+    Olmo2ForCausalLM,
+    Phi3Config,
+    Phi3ForCausalLM,
+    PreTrainedConfig,
+    PreTrainedModel,
+    PreTrainedTokenizerFast,
+    Qwen2Config,
+    Qwen2ForCausalLM,
+    Qwen3Config,
+    Qwen3ForCausalLM,
+    SiglipVisionConfig,
+)
+
+N_LAYERS = 5
+SLIDING_WINDOW = 8  # Gemma families, every other layer; layer 0 slides, as in the real ones
+MISTRAL_WINDOW = 24  # every layer slides: with 8, no layer's p_last would reach back to the persona
+SEED = 20260523
+
+IM_START, IM_END, PAD = "<|im_start|>", "<|im_end|>", "<pad>"
+IM_START_ID, IM_END_ID, PAD_ID = 256, 257, 258
+VOCAB_SIZE = 259
+EARLY_EOS_IDS = [IM_END_ID, *range(0, 256, 5)]
+"""The end-of-sequence ids of an `eos_early` model: about one token in five ends it."""
+
+_ALTERNATING = ["sliding_attention", "full_attention"]
+
+# --------------------------------------------------------------------------------- templates
+
+CHATML = (
+    "{% for message in messages %}"
+    "{{ '<|im_start|>' + message['role'] + '\n' + message['content'] + '<|im_end|>\n' }}"
+    "{% endfor %}"
+    "{% if add_generation_prompt %}{{ '<|im_start|>assistant\n' }}{% endif %}"
+)
+"""A plain user turn."""
+
+CHATML_DEFAULT_SYSTEM = (
+    "{% if messages[0]['role'] != 'system' %}"
+    "{{ '<|im_start|>system\nYou are a helpful tiny model.<|im_end|>\n' }}"
+    "{% endif %}" + CHATML
+)
+"""Adds a system message of its own when none is given, as SmolLM2's does."""
+
+NO_SYSTEM = (
+    "{{ bos_token }}"
+    "{% if messages[0]['role'] == 'system' %}"
+    "{{ raise_exception('System role not supported') }}"
+    "{% endif %}"
+    "{% for message in messages %}"
+    "{% set role = 'model' if message['role'] == 'assistant' else message['role'] %}"
+    "{{ '<start_of_turn>' + role + '\n' + message['content'] | trim + '<end_of_turn>\n' }}"
+    "{% endfor %}"
+    "{% if add_generation_prompt %}{{ '<start_of_turn>model\n' }}{% endif %}"
+)
+"""Carries its own BOS and refuses a system role, as Gemma-2's does; the marks are plain text."""
+
+THINKING = (
+    CHATML
+    + "{% if add_generation_prompt and enable_thinking is defined and enable_thinking is false %}"
+    "{{ '<think>\n\n</think>\n\n' }}{% endif %}"
+)
+"""Thinks unless told not to: `enable_thinking=False` adds an empty think block (Qwen3)."""
+
+# --------------------------------------------------------------------------------- tokenizer
+
+
+def save_tokenizer(directory: Path, chat_template: str | None = CHATML) -> PreTrainedTokenizerFast:
+    """Save a byte-level tokenizer: one token per UTF-8 byte, plus three special tokens.
+
+    Its post-processor adds a BOS, so encoding a rendered template without
+    `add_special_tokens=False` gives one token too many.
+    """
+    alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
+    core = Tokenizer(models.BPE(vocab={c: i for i, c in enumerate(alphabet)}, merges=[]))
+    core.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)
+    core.decoder = decoders.ByteLevel()
+    core.add_special_tokens([AddedToken(t, special=True) for t in (IM_START, IM_END, PAD)])
+    core.post_processor = processors.TemplateProcessing(
+        single=f"{IM_START} $A", pair=None, special_tokens=[(IM_START, IM_START_ID)]
+    )
+    assert core.get_vocab_size() == VOCAB_SIZE
+    make: Any = PreTrainedTokenizerFast  # untyped
+    tokenizer: PreTrainedTokenizerFast = make(
+        tokenizer_object=core,
+        bos_token=IM_START,
+        eos_token=IM_END,
+        pad_token=PAD,
+        clean_up_tokenization_spaces=False,
+    )
+    tokenizer.chat_template = chat_template
+    tokenizer.save_pretrained(str(directory))
+    return tokenizer
+
+
+# ------------------------------------------------------------------------------------ models
+
+_IDS: dict[str, Any] = {
+    "bos_token_id": IM_START_ID,
+    "eos_token_id": IM_END_ID,
+    "pad_token_id": PAD_ID,
+}
+_TEXT: dict[str, Any] = {
+    "vocab_size": VOCAB_SIZE,
+    "hidden_size": 32,
+    "intermediate_size": 64,
+    "num_hidden_layers": N_LAYERS,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+    "max_position_embeddings": 4096,
+    **_IDS,
+}
+
+
+def _build(model_class: Any, config: PreTrainedConfig) -> PreTrainedModel:
+    return cast(PreTrainedModel, model_class(config))
+
+
+def _alternating(n: int) -> list[str]:
+    return [_ALTERNATING[i % 2] for i in range(n)]
+
+
+def _gemma3_text_config() -> Gemma3TextConfig:
+    return Gemma3TextConfig(
+        **_TEXT,
+        head_dim=8,
+        query_pre_attn_scalar=8,
+        sliding_window=SLIDING_WINDOW,
+        layer_types=_alternating(N_LAYERS),
+    )
+
+
+def _llama() -> PreTrainedModel:
+    return _build(LlamaForCausalLM, LlamaConfig(**_TEXT, tie_word_embeddings=False))
+
+
+def _qwen2() -> PreTrainedModel:
+    return _build(Qwen2ForCausalLM, Qwen2Config(**_TEXT, tie_word_embeddings=True))
+
+
+def _qwen3() -> PreTrainedModel:
+    return _build(Qwen3ForCausalLM, Qwen3Config(**_TEXT, head_dim=16, tie_word_embeddings=False))
+
+
+def _gemma2() -> PreTrainedModel:
+    return _build(
+        Gemma2ForCausalLM,
+        Gemma2Config(
+            **_TEXT,
+            head_dim=8,
+            query_pre_attn_scalar=8,
+            sliding_window=SLIDING_WINDOW,
+            layer_types=_alternating(N_LAYERS),
+        ),
+    )
+
+
+def _gemma3_text() -> PreTrainedModel:
+    return _build(Gemma3ForCausalLM, _gemma3_text_config())
+
+
+def _gemma3_vlm() -> PreTrainedModel:
+    vision = SiglipVisionConfig(
+        hidden_size=32,  # the same width and depth as the text model, to mislead a naive search
+        intermediate_size=32,
+        num_hidden_layers=N_LAYERS,
+        num_attention_heads=2,
+        image_size=28,
+        patch_size=14,
+    )
+    config = Gemma3Config(
+        text_config=_gemma3_text_config(),
+        vision_config=vision,
+        mm_tokens_per_image=4,
+        boi_token_index=VOCAB_SIZE,
+        eoi_token_index=VOCAB_SIZE + 1,
+        image_token_index=VOCAB_SIZE + 2,
+        **_IDS,
+    )
+    return _build(Gemma3ForConditionalGeneration, config)
+
+
+def _mistral() -> PreTrainedModel:
+    return _build(MistralForCausalLM, MistralConfig(**_TEXT, sliding_window=MISTRAL_WINDOW))
+
+
+def _phi3() -> PreTrainedModel:
+    return _build(Phi3ForCausalLM, Phi3Config(**_TEXT))
+
+
+def _olmo2() -> PreTrainedModel:
+    return _build(Olmo2ForCausalLM, Olmo2Config(**_TEXT))
+
+
+def _gpt_neox() -> PreTrainedModel:
+    keys = {k: v for k, v in _TEXT.items() if k != "num_key_value_heads"}
+    return _build(GPTNeoXForCausalLM, GPTNeoXConfig(**keys))
+
+
+def _gpt2() -> PreTrainedModel:
+    return _build(
+        GPT2LMHeadModel,
+        GPT2Config(
+            vocab_size=VOCAB_SIZE, n_positions=1024, n_embd=32, n_layer=N_LAYERS, n_head=4, **_IDS
+        ),
+    )
+
+
+FAMILIES: dict[str, Callable[[], PreTrainedModel]] = {
+    "llama": _llama,
+    "qwen2": _qwen2,
+    "qwen3": _qwen3,
+    "gemma2": _gemma2,
+    "gemma3_text": _gemma3_text,
+    "gemma3_vlm": _gemma3_vlm,
+    "mistral": _mistral,
+    "phi3": _phi3,
+    "olmo2": _olmo2,
+    "gpt_neox": _gpt_neox,
+    "gpt2": _gpt2,
+}
+
+
+def _randomize(model: PreTrainedModel) -> None:
+    """Redraw the weights, larger than an initialiser would: edits and positions must matter."""
+    with torch.no_grad():
+        for parameter in model.parameters():
+            if parameter.dim() >= 2:
+                parameter.normal_(0.0, 0.3)
+            else:  # norms and biases: disturbed, so that leaving one out shows
+                parameter.add_(torch.randn_like(parameter) * 0.1)
+        # Small logits for <|im_end|> and <pad>: never the largest, so nothing ends by chance.
+        cast(Any, model).get_output_embeddings().weight[[IM_END_ID, PAD_ID]] *= 0.01
+
+
+def make_model_dir(
+    family: str,
+    directory: Path,
+    *,
+    chat_template: str | None = CHATML,
+    dtype: torch.dtype = torch.float32,
+    eos_early: bool = False,
+) -> Path:
+    """Build, seed and save one tiny model with its tokenizer; returns the directory.
+
+    With `eos_early` about a fifth of the vocabulary are end-of-sequence ids (a list, in both
+    the config and the generation config), so greedy continuations end at varied places within
+    12 tokens: best on llama, qwen2 and phi3; Gemma-3 repeats itself and seldom ends.
+    """
+    directory.mkdir(parents=True, exist_ok=True)
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(SEED)
+        model = FAMILIES[family]()
+        _randomize(model)
+    eos = EARLY_EOS_IDS if eos_early else IM_END_ID
+    model.config.eos_token_id = eos
+    model.config.get_text_config().eos_token_id = eos
+    assert model.generation_config is not None
+    model.generation_config.eos_token_id = eos
+    model.generation_config.bos_token_id = IM_START_ID
+    model.generation_config.pad_token_id = PAD_ID
+    model.to(dtype)  # type: ignore[arg-type]
+    model.save_pretrained(str(directory))
+    save_tokenizer(directory, chat_template)
+    return directory
