@@ -1,0 +1,247 @@
+"""Every number of the engine against the oracle, on every family of architectures."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Mapping
+from typing import Any
+
+import pytest
+import torch
+from conftest import TINY_GRID, reference_of
+from reference import Reference, generated_index, kl, vector
+from tiny import FAMILIES
+
+from persona_nnsight import EditResult, Grid, Model, capture, inject, substitute
+from persona_nnsight.costs import Limits
+from persona_nnsight.grids import Cell
+from persona_nnsight.interventions import SUBSTITUTE_CONDITIONS, seeded_noise
+
+Tiny = Callable[..., Model]
+
+LAYERS = (2, 4)
+POSITIONS = ("p_user_last", "p_last", "g1", "g3")
+#: A tiny model's KL is of the order of 1 to 100 nats, summed over a window in float32.
+TINY_TOLERANCE: dict[str, Any] = {"rel": 2e-4, "abs": 2e-4}
+
+
+def cell_prompts(grid: Grid, cell: Cell) -> dict[str, str]:
+    donor = grid.donor(cell.persona)
+    prompts = {
+        "BB": grid.prompt(None, None),
+        "XB": grid.prompt(cell.persona, None),
+        "BY": grid.prompt(None, cell.task),
+        "XY": grid.prompt(cell.persona, cell.task),
+    }
+    return prompts if donor is None else {**prompts, "X'B": grid.prompt(donor, None)}
+
+
+def lookup(result: EditResult) -> dict[tuple[str, str, str, str, str], tuple[float, int]]:
+    return {
+        (row["persona"], row["task"], row["condition"], row["position"], row["layers"]): (
+            row["kl"],
+            row["n_tokens"],
+        )
+        for row in result.frame().to_dict("records")
+    }
+
+
+def random_kl(
+    reference: Reference,
+    prompts: Mapping[str, str],
+    position: str,
+    layer: int,
+    continuation: list[int],
+    seed: int,
+) -> float:
+    """The oracle's KL of the `random` control, from the same noise."""
+    h = reference.cell_residuals(prompts, position, layer, continuation)
+    noise = seeded_noise(seed, position, layer, len(h["BB"]))
+    written = h["BB"] + noise * ((h["XY"] - h["BB"]).norm() / noise.norm())
+    prompt = reference.ids(prompts["XY"])
+    site = reference.positions(prompts["XY"], position, continuation)
+    start = len(prompt) + generated_index(position)
+    sequence = [*prompt, *continuation]
+    clean = reference.logprobs(sequence, start, 10)
+    return kl(clean, reference.logprobs(sequence, start, 10, {layer: {site: written}}))
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_capture_matches_reference(tiny: Tiny, family: str) -> None:
+    model = tiny(family)
+    reference = reference_of(model)
+    result = capture(model, TINY_GRID, layers=(0, 2, 4), positions=POSITIONS)
+    for index, cell in list(enumerate(TINY_GRID.cells))[::5]:
+        prompts = cell_prompts(TINY_GRID, cell)
+        continuation = reference.continuation(prompts, POSITIONS)
+        assert list(result.continuations[index]) == continuation
+        for p, position in enumerate(POSITIONS):
+            for j, layer in enumerate((0, 2, 4)):
+                for key in ("BB", "XB", "BY", "XY"):
+                    text = prompts[key]
+                    expected = reference.residual(
+                        [*reference.ids(text), *continuation],
+                        layer,
+                        reference.positions(text, position, continuation),
+                    )
+                    torch.testing.assert_close(
+                        result.residuals[key][index, p, j], expected, rtol=1e-4, atol=2e-4
+                    )
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_substitution_matches_reference(tiny: Tiny, family: str) -> None:
+    model = tiny(family)
+    reference = reference_of(model)
+    result = substitute(model, TINY_GRID, layers=LAYERS, positions=POSITIONS)
+    found = lookup(result)
+    largest = 0.0
+    for index, cell in list(enumerate(TINY_GRID.cells))[::5]:
+        prompts = cell_prompts(TINY_GRID, cell)
+        continuation = reference.continuation(prompts, POSITIONS)
+        for position in POSITIONS:
+            for layer in LAYERS:
+                for condition in SUBSTITUTE_CONDITIONS:
+                    row = (cell.persona.key, cell.task.key, condition, position, str(layer))
+                    value, n_tokens = found[row]
+                    if condition == "random":
+                        seed = result.plan.cells[index].seed
+                        expected = random_kl(
+                            reference, prompts, position, layer, continuation, seed
+                        )
+                    else:
+                        expected = reference.substitution_kl(
+                            prompts, position, layer, condition, continuation
+                        ).kl
+                    assert value == pytest.approx(expected, **TINY_TOLERANCE), row
+                    assert n_tokens == 10
+                    largest = max(largest, expected)
+    assert largest > 1e-2, "no edit mattered: the comparison above compared nothing"
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_injection_matches_reference(tiny: Tiny, family: str) -> None:
+    model = tiny(family)
+    reference = reference_of(model)
+    result = inject(model, TINY_GRID, layers="1-3", each=True)
+    found = lookup(result)
+    for cell in TINY_GRID.cells[::5]:
+        prompts = cell_prompts(TINY_GRID, cell)
+        continuation = reference.continuation(prompts, ["p_last"])
+        key = (cell.persona.key, cell.task.key)
+        host = reference.injection_kl(prompts, (), "host", continuation)
+        assert found[(*key, "host", "p_last", "none")] == pytest.approx(
+            (host.kl, host.n_tokens), **TINY_TOLERANCE
+        )
+        for condition in ("oracle", "cached"):
+            for layers in ((1, 2, 3), (1,), (2,), (3,)):
+                expected = reference.injection_kl(prompts, layers, condition, continuation)
+                row = (*key, condition, "p_last", "+".join(map(str, layers)))
+                assert found[row][0] == pytest.approx(expected.kl, **TINY_TOLERANCE), row
+
+
+@pytest.mark.parametrize("family", ["llama", "gemma3_vlm", "mistral", "gpt2"])
+def test_generated_text_matches_reference(tiny: Tiny, family: str) -> None:
+    """Greedy text under an edit, at prompt and generated positions, in XY and in the BY host."""
+    model = tiny(family)
+    reference = reference_of(model)
+    grid = TINY_GRID.select(["marx"], ["haiku", "review"])
+    options = {"layers": (2,), "positions": "p_user_last,p_last,g2", "generate": 8}
+    texts = substitute(model, grid, conditions=["bb", "clean"], **options).texts  # type: ignore[arg-type]
+    assert {text.condition for text in texts} == {"clean", "bb"}
+    changed = 0
+    for cell in grid.cells:
+        prompts = cell_prompts(grid, cell)
+        mine = {t.position: t.text for t in texts if t.task == cell.task.key}
+        ids = reference.ids(prompts["XY"])
+        continuation = reference.greedy(ids, 12)
+        assert mine[None] == decode(model, continuation[:8])
+        for position in ("p_user_last", "p_last", "g2"):
+            h = reference.cell_residuals(prompts, position, 2, continuation)
+            site = reference.positions(prompts["XY"], position, continuation)
+            expected = reference.greedy(ids, 8, {2: {site: vector("bb", h)}})
+            assert mine[position] == decode(model, expected)
+            changed += expected != continuation[:8]
+    assert changed, "no edit changed the text: the comparison above compared nothing"
+
+    injected = inject(model, grid, layers=(1, 3), generate=8).texts
+    prompts = cell_prompts(grid, grid.cells[0])
+    by_condition = {t.condition: t.text for t in injected if t.task == grid.cells[0].task.key}
+    host_ids = reference.ids(prompts["BY"])
+    assert by_condition["host"] == decode(model, reference.greedy(host_ids, 8))
+    edits = {
+        layer: {
+            len(host_ids) - 1: vector(
+                "clean", reference.cell_residuals(prompts, "p_last", layer, [])
+            )
+        }
+        for layer in (1, 3)
+    }
+    assert by_condition["oracle"] == decode(model, reference.greedy(host_ids, 8, edits))
+
+
+def decode(model: Model, ids: list[int]) -> str:
+    return str(model.tokenizer.decode(ids, skip_special_tokens=True))
+
+
+@pytest.mark.parametrize("family", ["llama", "gemma2"])
+def test_a_cell_does_not_depend_on_its_neighbours(
+    tiny: Tiny, family: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    model = tiny(family)
+    whole = lookup(substitute(model, TINY_GRID, layers=LAYERS, positions=POSITIONS))
+    one = TINY_GRID.select(["marx"], ["review"])
+    alone = lookup(substitute(model, one, layers=LAYERS, positions=POSITIONS))
+    assert len(alone) == len(SUBSTITUTE_CONDITIONS) * len(LAYERS) * len(POSITIONS)
+    for row, value in alone.items():
+        assert value == pytest.approx(whole[row], **TINY_TOLERANCE), row
+
+    monkeypatch.setattr(
+        "persona_nnsight.experiments.fit_limits", lambda plan, model: Limits(cells=2, rows=5)
+    )
+    cut = lookup(substitute(model, TINY_GRID, layers=LAYERS, positions=POSITIONS))
+    for row, value in whole.items():
+        assert cut[row] == pytest.approx(value, **TINY_TOLERANCE), row
+
+
+@pytest.mark.parametrize("family", ["llama", "qwen2", "phi3"])
+def test_a_continuation_that_ends_early_shortens_the_window(tiny: Tiny, family: str) -> None:
+    model = tiny(family, eos_early=True)
+    reference = reference_of(model)
+    result = substitute(
+        model, TINY_GRID, layers=(2,), positions="p_last,g1,g2", conditions=["additive", "bb"]
+    )
+    captured = capture(model, TINY_GRID, layers=(2,), positions="p_last,g1,g2")
+    found = lookup(result)
+    lengths = set()
+    for index, cell in enumerate(TINY_GRID.cells):
+        prompts = cell_prompts(TINY_GRID, cell)
+        continuation = reference.continuation(prompts, ["g2"])
+        lengths.add(len(continuation))
+        assert list(result.continuations[index]) == continuation
+        for k, position in enumerate(("p_last", "g1", "g2")):
+            value, n_tokens = found[(cell.persona.key, cell.task.key, "additive", position, "2")]
+            missing = k > len(continuation)
+            assert captured.residuals["XY"][index, k].isnan().all() == missing
+            if missing:
+                assert (math.isnan(value), n_tokens) == (True, 0)
+                continue
+            expected = reference.substitution_kl(prompts, position, 2, "additive", continuation)
+            assert n_tokens == expected.n_tokens
+            assert value == pytest.approx(expected.kl, nan_ok=True, **TINY_TOLERANCE)
+    assert min(lengths) < 12, "no continuation ended early: nothing was tested"
+
+
+@pytest.mark.parametrize("window", [1, 3])
+def test_other_windows(tiny: Tiny, window: int) -> None:
+    model = tiny("llama")
+    reference = reference_of(model)
+    found = lookup(
+        substitute(model, TINY_GRID, layers=(2,), positions="g2", conditions=["by"], window=window)
+    )
+    cell = TINY_GRID.cells[3]
+    prompts = cell_prompts(TINY_GRID, cell)
+    continuation = reference.continuation(prompts, ["g2"], window)
+    expected = reference.substitution_kl(prompts, "g2", 2, "by", continuation, window)
+    row = (cell.persona.key, cell.task.key, "by", "g2", "2")
+    assert found[row] == pytest.approx((expected.kl, window), **TINY_TOLERANCE)
