@@ -11,6 +11,7 @@ import torch
 from persona_nnsight.errors import PersonaError
 from persona_nnsight.module_tree import ModuleTree, find_tree
 from persona_nnsight.weights import Weights, resolve
+from persona_nnsight.weights.model_files import first_line
 
 if TYPE_CHECKING:
     from nnsight.modeling.transformers import TransformersModel
@@ -141,7 +142,7 @@ def _load_tokenizer(source: Weights) -> PreTrainedTokenizerBase:
         return AutoTokenizer.from_pretrained(source.path)
     except Exception as error:
         raise PersonaError(
-            f"The tokenizer of {source.spec!r} cannot be read ({_first_line(error)}); a model "
+            f"The tokenizer of {source.spec!r} cannot be read ({first_line(error)}); a model "
             "directory needs tokenizer.json or the tokenizer files of its family."
         ) from error
 
@@ -187,7 +188,7 @@ def _exact_attention(source: Weights) -> str | None:
 
 def _unreadable(source: Weights, error: Exception) -> PersonaError:
     return PersonaError(
-        f"The model {source.spec!r} cannot be loaded ({_first_line(error)}); check that it is a "
+        f"The model {source.spec!r} cannot be loaded ({first_line(error)}); check that it is a "
         "causal language model that this version of transformers reads, and that its files are "
         "whole."
     )
@@ -205,8 +206,3 @@ def _eos_ids(
         if eos is not None:
             return tuple(eos) if isinstance(eos, list | tuple) else (int(eos),)
     return ()
-
-
-def _first_line(error: BaseException) -> str:
-    lines = str(error).strip().splitlines()
-    return lines[0].rstrip(".") if lines else type(error).__name__

@@ -127,7 +127,7 @@ def run_manifest(result: Result) -> dict[str, Any]:
     return {
         "format": FORMAT,
         "command": result.command,
-        "argv": sys.argv[1:] if Path(sys.argv[0]).name == "persona" else None,
+        "argv": sys.argv[1:] if Path(sys.argv[0]).stem == "persona" else None,
         "arguments": result.arguments,
         "complete": result.complete,
         "finished": datetime.now(timezone.utc).isoformat(timespec="seconds"),

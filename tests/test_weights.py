@@ -32,9 +32,16 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 from transformers.convert_slow_tokenizer import bytes_to_unicode
 from typer.testing import CliRunner
 
-from persona_nnsight import embedded, gguf_convert, hub, model_files
 from persona_nnsight.errors import PersonaError
-from persona_nnsight.weights import cache_dir, list_models, resolve
+from persona_nnsight.weights import (
+    cache_dir,
+    embedded,
+    gguf_convert,
+    hub,
+    list_models,
+    model_files,
+    resolve,
+)
 
 COMMIT = "0123456789abcdef0123456789abcdef01234567"
 

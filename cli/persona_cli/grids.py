@@ -5,9 +5,10 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
 import typer
-from rich.console import Console
 from rich.table import Table
 from rich.text import Text
+
+from persona_cli.console import output
 
 if TYPE_CHECKING:
     from persona_nnsight.grids import Grid
@@ -41,7 +42,7 @@ def list_grids() -> None:
     for name in Grid.builtin_names():
         grid = Grid.load(name)
         table.add_row(name, str(len(grid.personas)), str(len(grid.tasks)), str(len(grid.cells)))
-    Console().print(table)
+    output().print(table)
 
 
 @app.command()
@@ -79,7 +80,7 @@ def show(
         head.add_row(label, Text(text))
     personas = _texts("persona", "markers", [(p.key, p.text, p.markers) for p in loaded.personas])
     tasks = _texts("task", "tags", [(t.key, t.text, t.tags) for t in loaded.tasks])
-    console = Console()
+    console = output()
     for table in (head, personas, tasks):
         console.print(table)
         console.print()

@@ -6,6 +6,8 @@ from typing import Annotated
 
 import typer
 
+from persona_cli.console import note_step, output
+
 app = typer.Typer(invoke_without_command=True)
 
 
@@ -19,11 +21,10 @@ def list_command(context: typer.Context) -> None:
     """
     if context.invoked_subcommand is not None:
         return
-    from rich.console import Console
     from rich.table import Table
 
-    from persona_nnsight.model_files import human_size
     from persona_nnsight.weights import list_models
+    from persona_nnsight.weights.model_files import human_size
 
     table = Table(box=None, pad_edge=False, header_style="bold")
     for heading in ("model", "kind", "state", "size", "where"):
@@ -34,7 +35,7 @@ def list_command(context: typer.Context) -> None:
         size = human_size(entry.bytes) if entry.bytes else "-"
         where = str(entry.path) if entry.path else "-"
         table.add_row(entry.id, entry.kind, entry.state, size, where)
-    console = Console()
+    console = output()
     console.print(table)
     absent = [entry.id for entry in entries if entry.state == "not fetched"]
     if absent:
@@ -56,16 +57,7 @@ def pull(
 
     Example: persona models pull smollm2-135m
     """
-    from rich.console import Console
-
     from persona_nnsight.weights import resolve
 
-    progress = Console(stderr=True)
-
-    def show(step: str) -> None:
-        progress.print(f"{step} …", style="dim", highlight=False, markup=False, soft_wrap=True)
-
-    found = resolve(name, revision=revision, notify=show)
-    Console().print(
-        f"{name} is ready in {found.path}", highlight=False, markup=False, soft_wrap=True
-    )
+    found = resolve(name, revision=revision, notify=note_step)
+    typer.echo(f"{name} is ready in {found.path}")

@@ -9,9 +9,10 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import typer
-from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 from rich.table import Table
+
+from persona_cli.console import note_step, notes, output
 
 if TYPE_CHECKING:
     import pandas as pd
@@ -20,9 +21,6 @@ if TYPE_CHECKING:
     from persona_nnsight.models import Model
     from persona_nnsight.plan import Plan
     from persona_nnsight.results import Result
-
-#: Progress, notes and errors; standard output is for results.
-notes = Console(stderr=True, highlight=False)
 
 
 def run_experiment(
@@ -62,7 +60,12 @@ def run_experiment(
     from persona_nnsight.models import load_model
 
     with notes.status("Loading the model") as status:
-        model = load_model(**load, weights=not dry_run, notify=lambda line: status.update(line))
+
+        def notify(step: str) -> None:
+            status.stop()  # downloads show progress bars of their own
+            note_step(step)
+
+        model = load_model(**load, weights=not dry_run, notify=notify)
         plan = make_plan(model)
     if dry_run or verbose:
         _show_plan(command, model, grid, plan, as_json=as_json and dry_run, on_stdout=dry_run)
@@ -83,7 +86,7 @@ def run_experiment(
     if as_json:
         print(json.dumps(_summary(result, directory), indent=1, ensure_ascii=False))
     else:
-        Console(highlight=False).print(show(result))
+        output().print(show(result))
         _show_files(directory)
     if verbose:
         for stage, seconds in result.seconds.items():
@@ -124,7 +127,7 @@ def _show_plan(
     command: str, model: Model, grid: Grid, plan: Plan, *, as_json: bool, on_stdout: bool
 ) -> None:
     from persona_nnsight.costs import estimate, fit_limits
-    from persona_nnsight.model_files import human_size
+    from persona_nnsight.weights.model_files import human_size
 
     limits = fit_limits(plan, model)
     cost = estimate(plan, model, limits)
@@ -158,7 +161,7 @@ def _show_plan(
     table.add_column(style="bold")
     for name, value in rows.items():
         table.add_row(name, value)
-    (Console(highlight=False) if on_stdout else notes).print(table)
+    (output() if on_stdout else notes).print(table)
 
 
 def _summary(result: Result, directory: Path) -> dict[str, Any]:
@@ -183,7 +186,7 @@ def _records(table: pd.DataFrame) -> list[dict[str, Any]]:
 
 def _show_files(directory: Path) -> None:
     names = ", ".join(sorted(path.name for path in directory.iterdir()))
-    Console(highlight=False, soft_wrap=True).print(f"\n{directory}/: {names}", markup=False)
+    output().print(f"\n{directory}/: {names}", markup=False, soft_wrap=True)
 
 
 def percent(value: float) -> str:
@@ -192,5 +195,5 @@ def percent(value: float) -> str:
 
 
 def fixed(value: float) -> str:
-    """A number for the terminal, to three decimals, or a dash where there is none."""
-    return "-" if value != value else f"{value:.3f}"
+    """A number for the terminal, to three decimals; a dash where there is none."""
+    return "-" if value != value else f"{round(value, 3) + 0.0:.3f}"

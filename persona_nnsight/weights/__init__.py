@@ -22,8 +22,8 @@ from typing import Literal
 
 import platformdirs
 
-from persona_nnsight import embedded, gguf_convert, hub, model_files
 from persona_nnsight.errors import PersonaError
+from persona_nnsight.weights import embedded, gguf_convert, hub, model_files
 
 ALIASES = (embedded.ALIAS,)
 """Names that stand for a model without being an id or a path."""

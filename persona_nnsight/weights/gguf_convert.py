@@ -21,7 +21,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from persona_nnsight.errors import PersonaError
-from persona_nnsight.model_files import CONFIG, first_line, human_size
+from persona_nnsight.weights.model_files import CONFIG, first_line, human_size
 
 if TYPE_CHECKING:
     from transformers import PreTrainedConfig, PreTrainedTokenizerBase

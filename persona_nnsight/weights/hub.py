@@ -16,9 +16,9 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING, TypeVar
 
-from persona_nnsight.embedded import ALIAS
 from persona_nnsight.errors import PersonaError
-from persona_nnsight.model_files import (
+from persona_nnsight.weights.embedded import ALIAS
+from persona_nnsight.weights.model_files import (
     CONFIG,
     first_line,
     has_vocabulary,
