@@ -340,13 +340,15 @@ def _check_residuals(
         bad = (~value.isfinite().all(-1) & exists).nonzero()
         if len(bad):
             cell, position, layer = bad[0].tolist()
-            where = f"of the {key} prompt of cell {cells[cell].persona}/{cells[cell].task}"
-            raise not_finite(
-                f"The residual {where}", plan.layers[layer], plan.positions[position], dtype
-            )
+            what = _residual_of(key, cells[cell])
+            raise _not_finite(what, plan.layers[layer], plan.positions[position], dtype)
 
 
-def not_finite(what: str, layer: int | str, position: str, dtype: torch.dtype) -> PersonaError:
+def _residual_of(key: str, cell: CellPlan) -> str:
+    return f"The residual of the {key} prompt of cell {cell.persona}/{cell.task}"
+
+
+def _not_finite(what: str, layer: int, position: str, dtype: torch.dtype) -> PersonaError:
     """The error for a value that overflowed or is not a number."""
     name = str(dtype).removeprefix("torch.")
     way_out = "use --dtype float32" if dtype == torch.bfloat16 else "use --dtype bfloat16"
@@ -410,13 +412,32 @@ def _extend(
         logprobs = nnsight.save(lm.output.logits.float().log_softmax(-1))
     for cell, length in enumerate(record.lengths.tolist()):
         if logprobs[cell, :length].isnan().any():
-            what = (
-                f"The output of the {key} prompt of cell {cells[cell].persona}/{cells[cell].task}"
+            alone = torch.tensor([cell], device=lm.device)
+            inputs = _continuation_inputs(
+                plan, prefix, rows[alone], record.continuations[alone], fed, 0
             )
-            raise not_finite(
-                what, f"{tree.n_layers - 1} or below", "g1 or p_last", lm._module.dtype
-            )
+            layer, position = _first_not_finite(lm, tree, plan, inputs)
+            what = _residual_of(key, cells[cell])
+            raise _not_finite(what, layer, position, lm._module.dtype)
     return _HostRun(key, logprobs, residuals)
+
+
+def _first_not_finite(
+    lm: Any, tree: ModuleTree, plan: Plan, inputs: dict[str, Any]
+) -> tuple[int, str]:
+    """The lowest layer whose input is not finite, and where in the fed tokens it is so first.
+
+    When every layer's input is finite the last layer's own output overflows: it is named instead.
+    """
+    with lm.trace(**inputs):
+        finite = nnsight.save([])
+        for layer in lm.get(tree.layers):
+            finite.append(layer.input[0].isfinite().all(-1))
+    for number, row in enumerate(finite):
+        if not row.all():
+            k = int((~row).int().argmax()) - plan.tail + 1
+            return number, f"g{k}" if k > 0 else "p_last" if k == 0 else f"p_last{k}"
+    return tree.n_layers - 1, "p_last"
 
 
 def _entry_layer(plan: Plan, edit: Edit) -> int:
@@ -521,7 +542,7 @@ def _score(
         if count and not abs(value) < float("inf"):
             name = f"{cells[cell].persona}/{cells[cell].task}"
             what = f"The output of cell {name} under {plan.edits[index].condition!r}"
-            raise not_finite(what, entry, edit.position, lm._module.dtype)
+            raise _not_finite(what, entry, edit.position, lm._module.dtype)
     return list(zip(kl.tolist(), counts, strict=True))
 
 

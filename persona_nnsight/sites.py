@@ -22,9 +22,9 @@ DEFAULT_POSITIONS = "p_last,g1,g2"
 #: Every position name, in the order in which the tokens stand in the sequence.
 POSITIONS = ("p_user_last", "p_last", *(f"g{k}" for k in range(1, 10)))
 
-_NUMBER = re.compile(r"\d{1,6}")
-_PERCENT = re.compile(r"(\d{1,3}(?:\.\d{1,6})?)%")
-_RANGE = re.compile(r"(\d{1,6})-(\d{1,6})(?::(\d{1,6}))?")
+_NUMBER = re.compile(r"[0-9]{1,6}")
+_PERCENT = re.compile(r"([0-9]{1,3}(?:\.[0-9]{1,6})?)%")
+_RANGE = re.compile(r"([0-9]{1,6})-([0-9]{1,6})(?::([0-9]{1,6}))?")
 
 
 def parse_layers(layers: str | int | Iterable[int], n_layers: int) -> tuple[int, ...]:
