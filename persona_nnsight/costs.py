@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING
 
 import torch
 
-from persona_nnsight.plan import Plan
+from persona_nnsight.plan import Plan, unique_prompts
 from persona_nnsight.sites import generated_index
 
 if TYPE_CHECKING:
@@ -37,8 +37,8 @@ class Cost:
     Attributes:
         cells, unique_prompts, edits: how many of each; every edit runs on every cell.
         prompt_tokens: tokens of the unique prompts, each prompt once.
-        token_forwards: tokens pushed through the model, prompts and continuations, counting a
-            token once however many layers are skipped.
+        token_forwards: tokens pushed through the model, prompts and continuations, padding left
+            out and a token counted once however many layers are skipped.
         forward_passes: batched forwards, decoding steps included.
         weight_bytes, working_bytes: memory of the weights and an estimate of the peak beside them.
     """
@@ -76,7 +76,11 @@ def estimate(plan: Plan, model: Model, limits: Limits) -> Cost:
     """Count what `plan` computes when it is cut into batches of `limits`."""
     n_cells, n_roles = len(plan.cells), len(plan.roles)
     chunks = math.ceil(n_cells / limits.cells)
-    prompt_tokens = sum(len(prompt.ids) for prompt in plan.prompts)
+    openings = sum(
+        len(plan.prompts[index].ids) - plan.tail
+        for start in range(0, n_cells, limits.cells)
+        for index in unique_prompts(plan, plan.cells[start : start + limits.cells])
+    )
     steps = plan.last_generated + 1
     recorded = n_cells * (n_roles * (plan.tail + steps - 1) + plan.window - 1)
     passes = chunks * (1 + steps + plan.window - 1)
@@ -104,8 +108,8 @@ def estimate(plan: Plan, model: Model, limits: Limits) -> Cost:
         cells=n_cells,
         unique_prompts=len(plan.prompts),
         edits=len(plan.edits),
-        prompt_tokens=prompt_tokens,
-        token_forwards=prompt_tokens + recorded + edited,
+        prompt_tokens=sum(len(prompt.ids) for prompt in plan.prompts),
+        token_forwards=openings + recorded + edited,
         forward_passes=passes,
         weight_bytes=model.n_parameters * item,
         working_bytes=working,

@@ -94,6 +94,7 @@ class Written:
 Event = Recorded | Scored | Written
 
 
+@torch.no_grad()
 def run(lm: Any, tree: ModuleTree, plan: Plan, limits: Limits) -> Iterator[Event]:
     """Carry out `plan` on an nnsight model; results come as they are finished.
 
@@ -101,10 +102,9 @@ def run(lm: Any, tree: ModuleTree, plan: Plan, limits: Limits) -> Iterator[Event
         PersonaError: a residual or logit that is not finite, or a model whose KV cache cannot be
             shared between rows.
     """
-    with torch.no_grad():
-        for start in range(0, len(plan.cells), limits.cells):
-            chunk = range(start, min(start + limits.cells, len(plan.cells)))
-            yield from _run_chunk(lm, tree, plan, chunk, limits)
+    for start in range(0, len(plan.cells), limits.cells):
+        chunk = range(start, min(start + limits.cells, len(plan.cells)))
+        yield from _run_chunk(lm, tree, plan, chunk, limits)
 
 
 def _run_chunk(

@@ -6,7 +6,8 @@
 ``summary.csv``           substitute, inject: one row per edit
 ``text.jsonl``            with generated text: one object a line
 ``geometry.csv``          capture: one row per cell and site
-``residuals.safetensors`` capture: h_BB, h_XB, h_BY, h_XY, float32 [cells, positions, layers, d]
+``residuals.safetensors`` capture: h_BB, h_XB, h_BY, h_XY, float32 [cells, positions, layers, d];
+                          its metadata holds the labels of the first three axes as JSON
 ========================  ======================================================================
 
 A directory is written whole under a temporary name beside its target and then renamed, so it is
@@ -30,7 +31,7 @@ from typing import TYPE_CHECKING, Any
 from persona_nnsight.errors import PersonaError
 
 if TYPE_CHECKING:
-    from persona_nnsight.results import Result
+    from persona_nnsight.results import CaptureResult, Result
 
 #: Version of the layout of ``run.json``.
 FORMAT = 1
@@ -109,7 +110,7 @@ def _write_files(result: Result, directory: Path) -> None:
 
     if isinstance(result, CaptureResult):
         tensors = {f"h_{key}": value.contiguous() for key, value in result.residuals.items()}
-        save_file(tensors, directory / "residuals.safetensors")
+        save_file(tensors, directory / "residuals.safetensors", metadata=_axes(result))
         result.frame().to_csv(directory / "geometry.csv", index=False)
     if isinstance(result, EditResult):
         result.frame().to_csv(directory / "kl.csv", index=False)
@@ -119,6 +120,17 @@ def _write_files(result: Result, directory: Path) -> None:
             (directory / "text.jsonl").write_text("\n".join(lines) + "\n", encoding="utf-8")
     manifest = json.dumps(run_manifest(result), indent=1, ensure_ascii=False)
     (directory / "run.json").write_text(manifest + "\n", encoding="utf-8")
+
+
+def _axes(result: CaptureResult) -> dict[str, str]:
+    """What the axes of the residuals stand for, as JSON in the safetensors metadata."""
+    plan = result.plan
+    axes = {
+        "cells": [[plan.cells[cell].persona, plan.cells[cell].task] for cell in result.cells],
+        "positions": plan.positions,
+        "layers": plan.layers,
+    }
+    return {name: json.dumps(labels) for name, labels in axes.items()}
 
 
 def run_manifest(result: Result) -> dict[str, Any]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
@@ -109,13 +110,18 @@ def _table(result: Result) -> Table:
     table.add_column("written")
     for layer in layers:
         table.add_column(f"L{layer}", justify="right")
-    by_site = summary.set_index(["position", "condition", "layers"])
+    cells = {
+        (row["position"], row["condition"], row["layers"]): row
+        for row in summary.to_dict("records")
+    }
+    absent = {"median": math.nan, "recovered": math.nan}  # of a run that was interrupted
     for position in result.plan.positions:
         for condition in dict.fromkeys(summary["condition"]):
-            medians = [by_site.loc[(position, condition, layer), "median"] for layer in layers]
-            table.add_row(position, condition, *map(fixed, medians))
-        if (position, "additive", layers[0]) in by_site.index:
-            shares = [by_site.loc[(position, "additive", layer), "recovered"] for layer in layers]
-            table.add_row(position, "additive recovers", *map(percent, shares), style="bold")
+            row = [cells.get((position, condition, layer), absent) for layer in layers]
+            table.add_row(position, condition, *(fixed(cell["median"]) for cell in row))
+        additive = [cells.get((position, "additive", layer), absent) for layer in layers]
+        if any(cell["recovered"] == cell["recovered"] for cell in additive):
+            shares = (percent(cell["recovered"]) for cell in additive)
+            table.add_row(position, "additive recovers", *shares, style="bold")
         table.add_section()
     return table
