@@ -191,7 +191,7 @@ def _show_files(directory: Path) -> None:
 
 def percent(value: float) -> str:
     """A share for the terminal: ``89 %``, or a dash where there is none."""
-    return "-" if value != value else f"{100 * value:.0f} %"
+    return "-" if value != value else f"{round(100 * value) + 0} %"
 
 
 def fixed(value: float) -> str:

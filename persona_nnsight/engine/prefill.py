@@ -1,0 +1,134 @@
+"""Prefill: the openings of all prompts of a chunk, each unique prompt once, as a KV cache."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import nnsight
+import torch
+from torch import Tensor
+from transformers.cache_utils import DynamicCache, DynamicLayer, LinearAttentionCacheLayerMixin
+
+from persona_nnsight.errors import PersonaError
+from persona_nnsight.module_tree import ModuleTree
+from persona_nnsight.plan import CellPlan, Plan, unique_prompts
+
+
+@dataclass(frozen=True)
+class Prefix:
+    """KV caches of prompt openings, one row per unique prompt, padded on the left.
+
+    Attributes:
+        cache: the KV cache.
+        opening, mask: token ids and attention mask, int [prompts, length].
+        tails: the last tokens of every prompt, which are not in the cache, int [prompts, tail].
+        row: from an index into `Plan.prompts` to a row.
+    """
+
+    cache: DynamicCache
+    opening: Tensor
+    mask: Tensor
+    tails: Tensor
+    row: dict[int, int]
+
+
+@dataclass(frozen=True)
+class Chunk:
+    """What all steps on a chunk of cells share: the model, the plan, the cells, their prefix."""
+
+    lm: Any
+    tree: ModuleTree
+    plan: Plan
+    cells: Sequence[CellPlan]
+    prefix: Prefix
+
+    @property
+    def layers(self) -> Any:
+        """The decoder layers, as nnsight envoys."""
+        return self.lm.get(self.tree.layers)
+
+    @property
+    def dtype(self) -> torch.dtype:
+        """Of the model's activations."""
+        dtype: torch.dtype = self.lm._module.dtype
+        return dtype
+
+    def rows(self, prompts: Sequence[int]) -> Tensor:
+        """Rows of the prefix that hold these prompts of the plan, int [prompts]."""
+        return torch.tensor([self.prefix.row[prompt] for prompt in prompts], device=self.lm.device)
+
+    def tail_offsets(self, prompts: Sequence[int], position: str) -> Tensor:
+        """Index within the tail of a prompt position, int [prompts]."""
+        tail = self.plan.tail
+        if position == "p_last":
+            return torch.full((len(prompts),), tail - 1, device=self.lm.device)
+        chosen = [self.plan.prompts[prompt] for prompt in prompts]
+        return torch.tensor(
+            [prompt.user_last - (len(prompt.ids) - tail) for prompt in chosen],
+            device=self.lm.device,
+        )
+
+
+def prefill(lm: Any, plan: Plan, cells: Sequence[CellPlan]) -> Prefix:
+    """Run the opening of every prompt of `cells` once.
+
+    Raises:
+        PersonaError: a model that keeps something else than a KV cache between tokens.
+    """
+    prompts = unique_prompts(plan, cells)
+    openings = [plan.prompts[index].ids[: -plan.tail] for index in prompts]
+    length = max(map(len, openings))
+    padded = [[plan.pad_id] * (length - len(ids)) + list(ids) for ids in openings]
+    seen = [[0] * (length - len(ids)) + [1] * len(ids) for ids in openings]
+    opening = torch.tensor(padded, device=lm.device)
+    mask = torch.tensor(seen, device=lm.device)
+    with lm.trace(
+        input_ids=opening,
+        attention_mask=mask,
+        position_ids=position_ids(mask),
+        use_cache=True,
+        logits_to_keep=1,
+    ):
+        cache = nnsight.save(lm.output.past_key_values)
+    for layer in cache.layers:
+        if isinstance(layer, LinearAttentionCacheLayerMixin) or not isinstance(layer, DynamicLayer):
+            raise PersonaError(
+                f"This model keeps a {type(layer).__name__} between tokens, which cannot be shared "
+                "by the rows of a batch; only models whose every layer has ordinary or "
+                "sliding-window attention are supported."
+            )
+    return Prefix(
+        cache=cache,
+        opening=opening,
+        mask=mask,
+        tails=torch.tensor(
+            [plan.prompts[index].ids[-plan.tail :] for index in prompts], device=lm.device
+        ),
+        row={index: row for row, index in enumerate(prompts)},
+    )
+
+
+def select_rows(cache: DynamicCache, rows: Tensor, first_layer: int = 0) -> DynamicCache:
+    """A cache of its own for `rows`; layers below `first_layer` are skipped, so not copied."""
+    chosen = copy.copy(cache)
+    chosen.layers = [copy.copy(layer) for layer in cache.layers]
+    for layer in chosen.layers[first_layer:]:
+        assert isinstance(layer, DynamicLayer)  # prefill has refused all others
+        assert layer.keys is not None
+        assert layer.values is not None
+        layer.keys = layer.keys.index_select(0, rows.to(layer.keys.device))
+        layer.values = layer.values.index_select(0, rows.to(layer.values.device))
+    return chosen
+
+
+def position_ids(mask: Tensor) -> Tensor:
+    """Positions that leave padding out of the count, int like `mask`."""
+    return (mask.cumsum(-1) - 1).clamp(min=0)
+
+
+def grown_mask(mask: Tensor, n: int) -> Tensor:
+    """`mask` with `n` more tokens to attend to."""
+    return torch.cat([mask, mask.new_ones(len(mask), n)], dim=1)

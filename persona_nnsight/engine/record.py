@@ -1,0 +1,120 @@
+"""Record: residuals of the clean runs, and XY's greedy continuation."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import nnsight
+import torch
+from torch import Tensor
+
+from persona_nnsight.engine.finite import not_finite, residual_of
+from persona_nnsight.engine.greedy import GREEDY, cut_rows, lengths_to_eos, prompt_inputs
+from persona_nnsight.engine.prefill import Chunk, grown_mask, select_rows
+from persona_nnsight.plan import Plan
+from persona_nnsight.sites import generated_index
+
+
+@dataclass(frozen=True)
+class Record:
+    """What the clean runs of a chunk left.
+
+    Attributes:
+        residuals: by residual key, float32 [cells, positions, layers, d_model].
+        continuations: XY's greedy tokens, int [cells, reference_tokens].
+        lengths: how many of them there are before the text ends, int [cells].
+    """
+
+    residuals: dict[str, Tensor]
+    continuations: Tensor
+    lengths: Tensor
+
+    def token_ids(self) -> tuple[tuple[int, ...], ...]:
+        """The continuations as plain numbers, each as long as it is."""
+        return cut_rows(self.continuations, self.lengths)
+
+    def reaches(self, plan: Plan) -> Tensor:
+        """Whether each continuation is long enough for each position, bool [cells, positions]."""
+        needed = [generated_index(name) for name in plan.positions]
+        return self.lengths[:, None] >= torch.tensor(needed, device=self.lengths.device)
+
+
+def record(chunk: Chunk) -> Record:
+    """Decode XY's continuation, and read every asked site of all conditions on the way.
+
+    Raises:
+        PersonaError: a residual that is not finite.
+    """
+    lm, plan, layers = chunk.lm, chunk.plan, chunk.layers
+    keys = ["XY", *(key for key in plan.roles if key != "XY")]
+    n_cells, n_keys = len(chunk.cells), len(keys)
+    prompts = [cell.prompts[key] for key in keys for cell in chunk.cells]
+    rows = chunk.rows(prompts)
+    offsets = {
+        name: chunk.tail_offsets(prompts, name)
+        for name in plan.positions
+        if generated_index(name) == 0
+    }
+    every = torch.arange(len(rows), device=lm.device)
+    steps = plan.last_generated + 1
+    inputs = prompt_inputs(chunk, rows, steps)
+    with lm.generate(**inputs) as tracer:
+        reads = nnsight.save([])
+        for step in tracer.iter[:steps]:
+            # The forward of step k feeds the k-th generated token; step 0 feeds the tails.
+            names = [name for name in plan.positions if generated_index(name) == step]
+            for layer in plan.layers:
+                for name in names:
+                    hidden = layers[layer].input
+                    where = offsets[name].to(hidden.device) if step == 0 else -1
+                    read = hidden[every.to(hidden.device), where]
+                    reads.append((name, layer, read.float().to(lm.device)))
+            logits = lm.output.logits
+            logits[n_cells:, -1] = logits[:n_cells, -1].repeat(n_keys - 1, 1)
+        ids = nnsight.save(tracer.result)
+    continuations = ids[:n_cells, -steps:]
+    if plan.window > 1:
+        # XY goes on alone; the first generate has left its tokens in the cache it was given.
+        own = torch.arange(n_cells, device=lm.device)
+        with lm.generate(
+            input_ids=ids[:n_cells],
+            attention_mask=grown_mask(chunk.prefix.mask[rows[:n_cells]], plan.tail + steps),
+            past_key_values=select_rows(inputs["past_key_values"], own),
+            max_new_tokens=plan.window - 1,
+            pad_token_id=plan.pad_id,
+            **GREEDY,
+        ) as tracer:
+            more = nnsight.save(tracer.result)
+        continuations = torch.cat([continuations, more[:, -(plan.window - 1) :]], dim=1)
+    found = {(name, layer): read for name, layer, read in reads}
+    sites = [found[name, layer] for name in plan.positions for layer in plan.layers]
+    stacked = torch.stack(sites, dim=1).reshape(
+        n_keys, n_cells, len(plan.positions), len(plan.layers), -1
+    )
+    recorded = Record(
+        residuals=dict(zip(keys, stacked, strict=True)),
+        continuations=continuations,
+        lengths=lengths_to_eos(continuations, plan.eos_ids),
+    )
+    _check_finite(chunk, recorded)
+    return recorded
+
+
+def public_residuals(chunk: Chunk, recorded: Record) -> dict[str, Tensor]:
+    """The residuals on the CPU, NaN where a continuation ended before the position."""
+    missing = ~recorded.reaches(chunk.plan)[:, :, None, None]
+    return {
+        key: value.masked_fill(missing, torch.nan).cpu()
+        for key, value in recorded.residuals.items()
+    }
+
+
+def _check_finite(chunk: Chunk, recorded: Record) -> None:
+    plan = chunk.plan
+    exists = recorded.reaches(plan)[:, :, None]
+    for key, value in recorded.residuals.items():
+        bad = (~value.isfinite().all(-1) & exists).nonzero()
+        if len(bad):
+            cell, position, layer = bad[0].tolist()
+            what = residual_of(key, chunk.cells[cell])
+            raise not_finite(what, plan.layers[layer], plan.positions[position], chunk.dtype)

@@ -1,0 +1,108 @@
+"""Score: edited runs of a host prompt, and their KL from the clean one."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+
+import nnsight
+import torch
+from torch import Tensor
+
+from persona_nnsight.costs import fed_tokens
+from persona_nnsight.engine.extend import HostRun, continuation_inputs, entry_layer
+from persona_nnsight.engine.finite import not_finite
+from persona_nnsight.engine.prefill import Chunk
+from persona_nnsight.engine.record import Record
+from persona_nnsight.interventions import edit_vector, seeded_noise
+from persona_nnsight.measures import window_kl
+from persona_nnsight.sites import generated_index
+
+
+def score(
+    chunk: Chunk,
+    recorded: Record,
+    clean: Tensor,
+    host: HostRun,
+    batch: Sequence[tuple[int, int]],
+) -> list[tuple[float, int]]:
+    """KL (nats) and number of tokens of each row.
+
+    Args:
+        chunk, recorded: the chunk and its clean runs.
+        clean: XY's log-probabilities, float32 [cells, reference_tokens, vocab].
+        host: the unedited run of the prompt that is edited.
+        batch: rows (cell within the chunk, edit of the plan); the edits share position and layers.
+
+    Raises:
+        PersonaError: an output that is not finite.
+    """
+    lm, plan, layers = chunk.lm, chunk.plan, chunk.layers
+    edit = plan.edits[batch[0][1]]
+    entry = entry_layer(plan, edit)
+    k = generated_index(edit.position)
+    fed = fed_tokens(plan, edit.position)
+    prompts = [chunk.cells[cell].prompts[host.key] for cell, _ in batch]
+    of_cell = torch.tensor([cell for cell, _ in batch], device=lm.device)
+    in_batch = torch.arange(len(batch), device=lm.device)
+    if k == 0:
+        offset = chunk.tail_offsets(prompts, edit.position)
+    else:
+        offset = torch.full_like(of_cell, plan.tail - 1 + k)
+    stored = host.residuals[entry]
+    feed = stored[of_cell.to(stored.device), :fed]
+    vectors = written_vectors(chunk, recorded, batch)
+    if entry in vectors:
+        where = (in_batch.to(feed.device), offset.to(feed.device))
+        feed[where] = vectors.pop(entry).to(feed.device, feed.dtype)
+    n_tokens = (recorded.lengths[of_cell] - k).clamp(0, plan.window)
+    continuations = recorded.continuations[of_cell]
+    with lm.trace(
+        **continuation_inputs(chunk, chunk.rows(prompts), continuations, fed, first_layer=entry),
+        logits_to_keep=plan.window,
+    ):
+        for skipped in layers[:entry]:
+            skipped.skip(feed)
+        layers[entry].input = feed
+        for layer, vector in vectors.items():
+            hidden = layers[layer].input
+            where = (in_batch.to(hidden.device), offset.to(hidden.device))
+            hidden[where] = vector.to(hidden.device, hidden.dtype)
+        expected = clean[of_cell, k : k + plan.window]
+        kl = nnsight.save(window_kl(expected, lm.output.logits, n_tokens))
+    results = list(zip(kl.tolist(), n_tokens.tolist(), strict=True))
+    for (cell, index), (value, count) in zip(batch, results, strict=True):
+        if count and not math.isfinite(value):
+            where_from = chunk.cells[cell]
+            what = (
+                f"The output of cell {where_from.persona}/{where_from.task} under "
+                f"{plan.edits[index].condition!r}"
+            )
+            raise not_finite(what, entry, edit.position, chunk.dtype)
+    return results
+
+
+def written_vectors(
+    chunk: Chunk, recorded: Record, batch: Sequence[tuple[int, int]]
+) -> dict[int, Tensor]:
+    """What each row (cell, edit) writes, by layer: float32 [rows, d_model].
+
+    The edits share position and layers; one of no layers writes nothing.
+    """
+    plan = chunk.plan
+    edit = plan.edits[batch[0][1]]
+    if not edit.layers:
+        return {}
+    position = plan.positions.index(edit.position)
+    columns = [plan.layers.index(layer) for layer in edit.layers]
+    vectors = []
+    for cell, index in batch:
+        h = {key: value[cell, position, columns] for key, value in recorded.residuals.items()}
+        condition = plan.edits[index].condition
+        noise = None
+        if condition == "random":
+            seed, d_model = chunk.cells[cell].seed, h["XY"].shape[-1]
+            drawn = [seeded_noise(seed, edit.position, layer, d_model) for layer in edit.layers]
+            noise = torch.stack(drawn).to(h["XY"].device)
+        vectors.append(edit_vector(condition, h, noise))
+    return dict(zip(edit.layers, torch.stack(vectors, dim=1), strict=True))
