@@ -52,7 +52,7 @@ def quartiles(table: pd.DataFrame) -> pd.DataFrame:
     """Median and quartiles of KL over cells, by condition, position and layer."""
     table = table.assign(layer=table["layers"].astype(int))
     grouped = table.groupby(["condition", "position", "layer"], sort=True)["kl"]
-    return grouped.quantile([0.25, 0.5, 0.75]).unstack()
+    return pd.DataFrame({share: grouped.quantile(share) for share in (0.25, 0.5, 0.75)})
 
 
 def draw_panel(axes: Axes, title: str, kl: dict[str, pd.DataFrame]) -> None:
@@ -89,7 +89,7 @@ def label_lines(axes: Axes, kl: dict[str, pd.DataFrame]) -> None:
     heights = {name: float(kl[name][0.5].iloc[-1]) for name in LINES}
     low, high = sorted(("additive", "by"), key=lambda name: heights[name])
     heights[high] = max(heights[high], heights[low] * 1.35)
-    heights[low] = min(heights[low], heights[high] / 1.9)
+    heights[low] = min(heights[low], heights[high] / 2.1)
     last = kl["additive"].index[-1]
     for name, height in heights.items():
         label, colour, *_ = LINES[name]
@@ -128,7 +128,7 @@ def draw(run: Path, into: Path) -> list[Path]:
             squeeze=False,
         )
         for axes, position in zip(panels[0], positions, strict=True):
-            kl = {name: table.xs((name, position)) for name in LINES}
+            kl = {name: pd.DataFrame(table.xs((name, position))) for name in LINES}
             draw_panel(axes, f"{position}\n{PANELS[position]}", kl)
         label_lines(panels[0][-1], kl)
         panels[0][0].set_ylabel(f"KL over {window} tokens, nats")

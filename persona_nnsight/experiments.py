@@ -294,7 +294,7 @@ def _execute(
             },
             "continuations": continuations,
             "seconds": {
-                "until_first_cells_recorded": recorded,
+                "first_cells_recorded": recorded,
                 "total": time.perf_counter() - start,
             },
             "complete": complete,

@@ -154,36 +154,52 @@ def _load_lm(
     device: str | None,
     attn: str | None,
 ) -> TransformersModel:
+    """The model with its weights on `device`, or its skeleton when that is None."""
     from nnsight.modeling.transformers import TransformersModel
+    from transformers import AutoConfig, AutoModelForCausalLM
 
-    options: dict[str, Any] = {"task": "text-generation", "tokenizer": tokenizer, "dtype": dtype}
-    attn = attn or _exact_attention(source)
+    try:
+        config = AutoConfig.from_pretrained(source.path)
+    except Exception as error:
+        raise _unreadable(source, error) from error
+    if config.is_encoder_decoder:
+        raise PersonaError(
+            f"The model {source.spec!r} is an encoder-decoder ({config.model_type}), which has no "
+            "prompt-to-answer residual stream; use a decoder-only language model."
+        )
+    if attn is None and getattr(config.get_text_config(decoder=True), _SOFT_CAP, None):
+        attn = "eager"
+    options: dict[str, Any] = {"dtype": dtype}
     if attn is not None:
         options["attn_implementation"] = attn
-    if device is not None:
-        options["dispatch"] = True
-        options["device_map"] = device if device == "balanced" else {"": device}
+    wrapping: dict[str, Any] = {"task": "text-generation", "tokenizer": tokenizer}
+    loader: Any = AutoModelForCausalLM
     try:
-        lm = TransformersModel(source.path, **options)
+        if device is None:
+            return TransformersModel(source.path, **wrapping, **options)
+        module, report = loader.from_pretrained(
+            source.path,
+            device_map=device if device == "balanced" else {"": device},
+            output_loading_info=True,
+            **options,
+        )
     except Exception as error:
         raise _unreadable(source, error) from error
-    lm._module.eval()
-    lm._module.requires_grad_(False)
-    return lm
+    if report["missing_keys"]:
+        # transformers would go on with random values in their place.
+        missing = sorted(report["missing_keys"])
+        raise PersonaError(
+            f"The weights of {source.spec!r} lack {len(missing)} of the model's tensors "
+            f"({missing[0]}, ...); fetch or copy the model again, whole."
+        )
+    module.eval()
+    module.requires_grad_(False)
+    return TransformersModel(module, **wrapping)
 
 
-def _exact_attention(source: Weights) -> str | None:
-    """``eager`` for models that cap their attention logits (Gemma 2), else None.
-
-    transformers' default there, sdpa, silently leaves the cap out, which changes the logits.
-    """
-    from transformers import AutoConfig
-
-    try:
-        config = AutoConfig.from_pretrained(source.path).get_text_config(decoder=True)
-    except Exception as error:
-        raise _unreadable(source, error) from error
-    return "eager" if getattr(config, "attn_logit_softcapping", None) else None
+#: Set in the configuration of models that cap their attention logits (Gemma 2). transformers'
+#: default attention there, sdpa, silently leaves the cap out, which changes the logits.
+_SOFT_CAP = "attn_logit_softcapping"
 
 
 def _unreadable(source: Weights, error: Exception) -> PersonaError:

@@ -93,14 +93,17 @@ def test_capture_matches_reference(tiny: Tiny, family: str) -> None:
 def test_substitution_matches_reference(tiny: Tiny, family: str) -> None:
     model = tiny(family)
     reference = reference_of(model)
-    result = substitute(model, TINY_GRID, layers=LAYERS, positions=POSITIONS)
+    result = substitute(model, TINY_GRID, layers=(0, 2, 4), positions=POSITIONS)
     found = lookup(result)
     largest = 0.0
-    for index, cell in list(enumerate(TINY_GRID.cells))[::5]:
+    # Two cells at different layers: the oracle takes seven full forwards for every number.
+    for (index, cell), layers in zip(
+        list(enumerate(TINY_GRID.cells))[::5], ((2,), (0, 4)), strict=True
+    ):
         prompts = cell_prompts(TINY_GRID, cell)
         continuation = reference.continuation(prompts, POSITIONS)
         for position in POSITIONS:
-            for layer in LAYERS:
+            for layer in layers if position != "p_user_last" else layers[-1:]:
                 for condition in SUBSTITUTE_CONDITIONS:
                     row = (cell.persona.key, cell.task.key, condition, position, str(layer))
                     value, n_tokens = found[row]

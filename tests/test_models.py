@@ -137,6 +137,35 @@ def test_bad_options(tiny_dir: TinyDir, options: dict[str, str], says: str) -> N
     assert says in str(caught.value)
 
 
+def test_missing_weights_are_not_made_up(tmp_path: Path) -> None:
+    from safetensors.torch import load_file, save_file
+
+    directory = make_model_dir("llama", tmp_path / "incomplete")
+    weights = load_file(directory / "model.safetensors")
+    for name in [name for name in weights if "layers.1.mlp" in name]:
+        del weights[name]
+    save_file(weights, directory / "model.safetensors", metadata={"format": "pt"})
+    with pytest.raises(
+        PersonaError, match=r"lack 3 of the model's tensors \(model\.layers\.1\.mlp"
+    ):
+        load_model(str(directory))
+
+
+def test_encoder_decoders_are_refused(tmp_path: Path) -> None:
+    from tiny import save_tokenizer
+    from transformers import BartConfig, BartForConditionalGeneration
+
+    config = BartConfig(
+        vocab_size=259, d_model=32, encoder_layers=2, decoder_layers=2, encoder_ffn_dim=32,
+        decoder_ffn_dim=32, encoder_attention_heads=2, decoder_attention_heads=2,
+    )  # fmt: skip
+    model: Any = BartForConditionalGeneration(config)
+    model.save_pretrained(str(tmp_path))
+    save_tokenizer(tmp_path)
+    with pytest.raises(PersonaError, match="encoder-decoder"):
+        load_model(str(tmp_path))
+
+
 def test_broken_directories(tmp_path: Path) -> None:
     directory = make_model_dir("llama", tmp_path / "model")
     (directory / "model.safetensors").write_bytes(b"not safetensors")

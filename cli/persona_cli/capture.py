@@ -4,9 +4,11 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, Any
 
+from rich.console import RenderableType
 from rich.table import Table
 
 from persona_cli import options as o
+from persona_cli.console import titled
 from persona_cli.running import fixed, run_experiment
 from persona_nnsight.sites import DEFAULT_LAYERS, DEFAULT_POSITIONS
 
@@ -70,12 +72,12 @@ def capture(
     )
 
 
-def _table(result: Result) -> Table:
-    table = Table(title="Median over cells", title_justify="left", box=None, pad_edge=False)
+def _table(result: Result) -> RenderableType:
+    table = Table(box=None, pad_edge=False)
     table.add_column("position")
     for heading in ("layer", "cos(Δ_XY, Δ_X+Δ_Y)", "cos(Δ_X, Δ_Y)", "‖Inter‖/‖Δ_XY‖", "cells"):
         table.add_column(heading, justify="right")
     for row in result.summary().to_dict("records"):
         ratios = (row[name] for name in ("cos_xy_sum", "cos_x_y", "inter_over_xy"))
         table.add_row(row["position"], str(row["layer"]), *map(fixed, ratios), str(row["n"]))
-    return table
+    return titled("Median over cells", table)

@@ -5,9 +5,11 @@ from __future__ import annotations
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
+from rich.console import RenderableType
 from rich.table import Table
 
 from persona_cli import options as o
+from persona_cli.console import titled
 from persona_cli.running import fixed, percent, run_experiment
 from persona_nnsight.sites import DEFAULT_LAYERS
 
@@ -46,7 +48,8 @@ def inject(
     in one run, each layer with its own vector: `oracle` writes h_XY, the residual of the prompt
     that does name the persona; `cached` writes h_BB + Δ_X + Δ_Y; `host` writes nothing. Each is
     scored against the clean continuation of XY, KL(clean ‖ host run) in nats. `gap closed` is
-    1 - KL / KL of the host: how much of the way to the persona the injection goes.
+    1 - KL / KL of the host, in each cell: how much of the way to the persona the injection goes.
+    The table shows its median over cells, which is not the ratio of the medians.
 
     Writes kl.csv (one row per cell and edit), summary.csv, run.json, and text.jsonl with
     --generate.
@@ -79,13 +82,8 @@ def inject(
     )
 
 
-def _table(result: Result) -> Table:
-    table = Table(
-        title="KL to the clean XY continuation over cells, in nats",
-        title_justify="left",
-        box=None,
-        pad_edge=False,
-    )
+def _table(result: Result) -> RenderableType:
+    table = Table(box=None, pad_edge=False)
     table.add_column("written")
     table.add_column("layers")
     for heading in ("median", "q25", "q75", "gap closed", "cells"):
@@ -94,4 +92,4 @@ def _table(result: Result) -> Table:
         quartiles = map(fixed, (row["median"], row["q25"], row["q75"]))
         closed, cells = percent(row["gap_closed"]), str(row["n"])
         table.add_row(row["condition"], row["layers"], *quartiles, closed, cells)
-    return table
+    return titled("KL to the clean XY continuation over cells, in nats", table)

@@ -9,10 +9,11 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import typer
+from rich.console import RenderableType
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 from rich.table import Table
 
-from persona_cli.console import note_step, notes, output
+from persona_cli.console import note_step, notes, output, spinner
 
 if TYPE_CHECKING:
     import pandas as pd
@@ -30,7 +31,7 @@ def run_experiment(
     load: dict[str, Any],
     make_plan: Callable[[Model], Plan],
     experiment: Callable[[Model, Callable[[int, int], None]], Result],
-    show: Callable[[Result], Table],
+    show: Callable[[Result], RenderableType],
     out: Path | None,
     as_json: bool,
     dry_run: bool,
@@ -44,7 +45,7 @@ def run_experiment(
         load: arguments of `persona_nnsight.load_model`.
         make_plan: the experiment's plan for a model with or without weights.
         experiment: runs it, reporting progress.
-        show: the result as a table for the terminal.
+        show: the result for the terminal.
         out: the run directory, or None for the default.
         as_json: standard output holds one JSON object and nothing else.
         dry_run: plan only.
@@ -59,10 +60,10 @@ def run_experiment(
     from persona_nnsight.experiments import Interrupted
     from persona_nnsight.models import load_model
 
-    with notes.status("Loading the model") as status:
+    with spinner("Loading the model") as stop:
 
         def notify(step: str) -> None:
-            status.stop()  # downloads show progress bars of their own
+            stop()  # downloads show progress bars of their own
             note_step(step)
 
         model = load_model(**load, weights=not dry_run, notify=notify)
@@ -89,8 +90,8 @@ def run_experiment(
         output().print(show(result))
         _show_files(directory)
     if verbose:
-        for stage, seconds in result.seconds.items():
-            notes.print(f"{stage.replace('_', ' ')}: {seconds:.1f} s", style="dim")
+        first, total = result.seconds["first_cells_recorded"], result.seconds["total"]
+        notes.print(f"first cells recorded after {first:.1f} s, all done after {total:.1f} s")
     if interrupted:
         notes.print("Interrupted: the tables hold what was finished, and run.json says so.")
         raise typer.Exit(130)

@@ -6,9 +6,11 @@ import math
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
+from rich.console import RenderableType
 from rich.table import Table
 
 from persona_cli import options as o
+from persona_cli.console import titled
 from persona_cli.running import fixed, percent, run_experiment
 from persona_nnsight.sites import DEFAULT_LAYERS, DEFAULT_POSITIONS
 
@@ -96,16 +98,11 @@ def substitute(
     )
 
 
-def _table(result: Result) -> Table:
+def _table(result: Result) -> RenderableType:
     """Conditions against layers, a block per position: median KL, and what additive recovers."""
     summary = result.summary()
     layers = list(dict.fromkeys(summary["layers"]))
-    table = Table(
-        title="Median KL over cells, in nats, by layer",
-        title_justify="left",
-        box=None,
-        pad_edge=False,
-    )
+    table = Table(box=None, pad_edge=False)
     table.add_column("position")
     table.add_column("written")
     for layer in layers:
@@ -124,4 +121,4 @@ def _table(result: Result) -> Table:
             shares = (percent(cell["recovered"]) for cell in additive)
             table.add_row(position, "additive recovers", *shares, style="bold")
         table.add_section()
-    return table
+    return titled("Median KL over cells, in nats, by layer", table)

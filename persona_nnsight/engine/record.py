@@ -11,6 +11,7 @@ from torch import Tensor
 from persona_nnsight.engine.finite import not_finite, residual_of
 from persona_nnsight.engine.greedy import GREEDY, cut_rows, lengths_to_eos, prompt_inputs
 from persona_nnsight.engine.prefill import Chunk, grown_mask, select_rows
+from persona_nnsight.interventions import RESIDUAL_KEYS
 from persona_nnsight.plan import Plan
 from persona_nnsight.sites import generated_index
 
@@ -104,8 +105,7 @@ def public_residuals(chunk: Chunk, recorded: Record) -> dict[str, Tensor]:
     """The residuals on the CPU, NaN where a continuation ended before the position."""
     missing = ~recorded.reaches(chunk.plan)[:, :, None, None]
     return {
-        key: value.masked_fill(missing, torch.nan).cpu()
-        for key, value in recorded.residuals.items()
+        key: recorded.residuals[key].masked_fill(missing, torch.nan).cpu() for key in RESIDUAL_KEYS
     }
 
 
