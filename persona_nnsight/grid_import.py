@@ -24,7 +24,8 @@ from pathlib import Path
 from typing import Any, NamedTuple, NoReturn, TypeGuard
 
 from persona_nnsight.errors import PersonaError
-from persona_nnsight.grids import Grid, is_key, read_small_file, slug
+from persona_nnsight.grids import Grid, is_key, slug
+from persona_nnsight.strict_yaml import read_small_file
 
 __all__ = ["grid_from_script"]
 

@@ -14,7 +14,8 @@ from persona_cli.grids import app as grids_app
 from typer.testing import CliRunner
 
 from persona_nnsight.errors import PersonaError
-from persona_nnsight.grids import Grid, Persona, Task, read_small_file, slug
+from persona_nnsight.grids import Grid, Persona, Task, slug
+from persona_nnsight.strict_yaml import read_small_file
 
 
 def plain(**changes: Any) -> dict[str, Any]:
