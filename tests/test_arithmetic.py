@@ -1,0 +1,117 @@
+"""The formulas alone: vectors, geometry and KL on numbers worked out by hand."""
+
+from __future__ import annotations
+
+import math
+
+import pytest
+import torch
+from torch import tensor
+
+from persona_nnsight.geometry import decompose
+from persona_nnsight.interventions import (
+    INJECT_CONDITIONS,
+    SUBSTITUTE_CONDITIONS,
+    edit_vector,
+    seeded_noise,
+)
+from persona_nnsight.measures import window_kl
+
+H = {
+    "BB": tensor([1.0, 0.0, 0.0]),
+    "XB": tensor([1.0, 2.0, 0.0]),
+    "BY": tensor([1.0, 0.0, 3.0]),
+    "XY": tensor([2.0, 2.0, 2.0]),
+    "OB": tensor([1.0, -1.0, 0.0]),
+}
+
+
+@pytest.mark.parametrize(
+    ("condition", "expected"),
+    [
+        ("additive", [1.0, 2.0, 3.0]),
+        ("cached", [1.0, 2.0, 3.0]),
+        ("remove_x", [2.0, 0.0, 2.0]),
+        ("remove_y", [2.0, 2.0, -1.0]),
+        ("bb", [1.0, 0.0, 0.0]),
+        ("by", [1.0, 0.0, 3.0]),
+        ("xb", [1.0, 2.0, 0.0]),
+        ("other_x", [1.0, -1.0, 3.0]),
+        ("clean", [2.0, 2.0, 2.0]),
+        ("oracle", [2.0, 2.0, 2.0]),
+    ],
+)
+def test_vectors(condition: str, expected: list[float]) -> None:
+    assert edit_vector(condition, H).tolist() == expected
+
+
+def test_every_condition_has_a_vector() -> None:
+    noise = torch.ones(3)
+    for condition in [*SUBSTITUTE_CONDITIONS, *INJECT_CONDITIONS]:
+        if condition != "host":
+            assert edit_vector(condition, H, noise).shape == (3,)
+    with pytest.raises(ValueError, match="no vector is defined for condition 'host'"):
+        edit_vector("host", H)
+
+
+def test_random_is_as_long_as_the_joint_effect() -> None:
+    noise = seeded_noise(5, "p_last", 8, 3)
+    step = edit_vector("random", H, noise) - H["BB"]
+    assert float(step.norm()) == pytest.approx(3.0)  # Δ_XY = (1, 2, 2)
+    assert float(step @ noise) == pytest.approx(3.0 * float(noise.norm()))
+
+
+def test_noise_depends_on_seed_position_and_layer_alone() -> None:
+    first = seeded_noise(1, "g1", 8, 64)
+    torch.manual_seed(99)
+    assert torch.equal(first, seeded_noise(1, "g1", 8, 64))
+    for other in ((2, "g1", 8), (1, "g2", 8), (1, "g1", 9)):
+        assert not torch.equal(first, seeded_noise(*other, 64))
+
+
+def test_decompose() -> None:
+    # Δ_X = (0, 2, 0), Δ_Y = (0, 0, 3), Δ_XY = (1, 2, 2), Inter = (1, 0, -1)
+    found = {name: float(value) for name, value in decompose(H).items()}
+    assert found == pytest.approx(
+        {
+            "cos_xy_sum": 10 / (3 * math.sqrt(13)),
+            "cos_x_y": 0.0,
+            "inter_over_xy": math.sqrt(2) / 3,
+            "norm_dx": 2.0,
+            "norm_dy": 3.0,
+            "norm_dxy": 3.0,
+            "norm_inter": math.sqrt(2),
+        }
+    )
+
+
+def test_nothing_over_nothing_is_nothing() -> None:
+    found = decompose({key: torch.ones(2, 3) for key in ("BB", "XB", "BY", "XY")})
+    for value in found.values():
+        assert value.tolist() == [0.0, 0.0]
+
+
+def test_decompose_computes_in_float32() -> None:
+    half = {key: value.to(torch.float16) for key, value in H.items()}
+    assert {value.dtype for value in decompose(half).values()} == {torch.float32}
+
+
+def test_kl_is_a_sum_over_the_window() -> None:
+    p, q = tensor([0.5, 0.25, 0.25]), tensor([0.25, 0.5, 0.25])
+    one = 0.5 * math.log(2) - 0.25 * math.log(2)  # KL(p ‖ q), by hand
+    clean = p.log().expand(3, 4, 3)
+    logits = (q.log() + 7).expand(3, 4, 3)  # logits are defined up to a constant
+    kl = window_kl(clean, logits, tensor([4, 1, 0])).tolist()
+    assert kl[:2] == pytest.approx([4 * one, one])
+    assert math.isnan(kl[2])
+
+
+def test_kl_of_low_precision_logits_is_float32() -> None:
+    clean = torch.zeros(1, 1, 50_000).log_softmax(-1)
+    logits = torch.zeros(1, 1, 50_000, dtype=torch.bfloat16)
+    logits[..., 0] = 4
+    kl = window_kl(clean, logits, tensor([1]))
+    total = 49_999 + math.exp(4)
+    assert kl.dtype == torch.float32
+    # A float32 log-probability of -10.8 is right to 5e-7; bfloat16 would be off by 3e-2.
+    assert kl.item() == pytest.approx(math.log(total / 50_000) - 4 / 50_000, abs=5e-5)
