@@ -75,7 +75,8 @@ def fit_limits(plan: Plan, model: Model) -> Limits:
 def estimate(plan: Plan, model: Model, limits: Limits) -> Cost:
     """Count what `plan` computes when it is cut into batches of `limits`."""
     n_cells, n_roles = len(plan.cells), len(plan.roles)
-    chunks = math.ceil(n_cells / limits.cells)
+    sizes = [min(limits.cells, n_cells - start) for start in range(0, n_cells, limits.cells)]
+    chunks = len(sizes)
     openings = sum(
         len(plan.prompts[index].ids) - plan.tail
         for start in range(0, n_cells, limits.cells)
@@ -92,13 +93,12 @@ def estimate(plan: Plan, model: Model, limits: Limits) -> Cost:
         hosts = 1 if plan.host == "XY" else 2
         edited += hosts * n_cells * (plan.tail + plan.reference_tokens - 1)
         passes += hosts * chunks
-        cells_in_chunk = min(limits.cells, n_cells)
         for (position, _), conditions in groups.items():
             edited += n_cells * conditions * fed_tokens(plan, position)
-            passes += chunks * math.ceil(cells_in_chunk * conditions / limits.rows)
-    texts = n_cells * len(plan.text_edits)
-    edited += texts * (plan.tail + plan.generate - 1)
-    passes += math.ceil(texts / limits.rows) * plan.generate
+            passes += sum(math.ceil(size * conditions / limits.rows) for size in sizes)
+    edited += n_cells * len(plan.text_edits) * (plan.tail + plan.generate - 1)
+    for size in sizes:
+        passes += math.ceil(size * len(plan.text_edits) / limits.rows) * plan.generate
     item = model.dtype.itemsize
     working = min(limits.cells, n_cells) * _cell_bytes(plan, model.tree)
     if plan.edits:

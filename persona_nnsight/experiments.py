@@ -1,7 +1,6 @@
 """The three experiments: grid and options in, results out.
 
-Each has a ``plan_…`` half, which needs no weights and computes nothing, and a half that runs the
-plan.
+Each is a plan, which needs no weights, carried out by `execute`.
 """
 
 from __future__ import annotations
@@ -12,11 +11,11 @@ from typing import Any
 
 import torch
 
+from persona_nnsight.conditions import HOST, INJECT_CONDITIONS, SUBSTITUTE_CONDITIONS
 from persona_nnsight.costs import estimate, fit_limits
 from persona_nnsight.engine import Recorded, Scored, Written, run
 from persona_nnsight.errors import PersonaError
 from persona_nnsight.grids import Grid
-from persona_nnsight.interventions import SUBSTITUTE_CONDITIONS
 from persona_nnsight.models import Model
 from persona_nnsight.plan import Edit, Plan, build_plan
 from persona_nnsight.results import CaptureResult, EditResult, Result, Text
@@ -51,8 +50,9 @@ def plan_capture(
     positions: Positions = DEFAULT_POSITIONS,
     window: int = 10,
 ) -> Plan:
-    """The plan of `capture`."""
-    return _plan(model, grid, layers, positions, window=window)
+    """The plan of `capture`, which takes the same arguments."""
+    sites = _sites(model, layers, positions)
+    return _checked(build_plan("capture", model.tokenizer, grid, window=window, **sites), model)
 
 
 def capture(
@@ -77,11 +77,11 @@ def capture(
         progress: called with (rows done, rows in all).
 
     Raises:
-        PersonaError: bad input, or a residual that is not finite.
+        PersonaError: bad input, or a value that is not finite.
         Interrupted: Ctrl-C; holds the finished cells.
     """
     plan = plan_capture(model, grid, layers=layers, positions=positions, window=window)
-    result = _execute("capture", model, grid, plan, progress)
+    result = execute(model, grid, plan, progress)
     assert isinstance(result, CaptureResult)
     return result
 
@@ -92,22 +92,30 @@ def plan_substitute(
     *,
     layers: Layers = DEFAULT_LAYERS,
     positions: Positions = DEFAULT_POSITIONS,
-    conditions: Iterable[str] | None = None,
+    conditions: str | Iterable[str] | None = None,
     window: int = 10,
     generate: int = 0,
     seed: int = 0,
 ) -> Plan:
-    """The plan of `substitute`."""
-    chosen = _conditions(conditions, grid)
+    """The plan of `substitute`, which takes the same arguments."""
+    sites = _sites(model, layers, positions)
     edits = [
         Edit(condition, position, (layer,))
-        for condition in chosen
-        for position in parse_positions(positions)
-        for layer in parse_layers(layers, model.tree.n_layers)
+        for condition in _conditions(conditions, grid)
+        for position in sites["positions"]
+        for layer in sites["layers"]
     ]
-    return _plan(
-        model, grid, layers, positions, window=window, edits=edits, generate=generate, seed=seed
+    plan = build_plan(
+        "substitute",
+        model.tokenizer,
+        grid,
+        window=window,
+        edits=edits,
+        generate=generate,
+        seed=seed,
+        **sites,
     )
+    return _checked(plan, model)
 
 
 def substitute(
@@ -116,7 +124,7 @@ def substitute(
     *,
     layers: Layers = DEFAULT_LAYERS,
     positions: Positions = DEFAULT_POSITIONS,
-    conditions: Iterable[str] | None = None,
+    conditions: str | Iterable[str] | None = None,
     window: int = 10,
     generate: int = 0,
     seed: int = 0,
@@ -151,7 +159,7 @@ def substitute(
         generate=generate,
         seed=seed,
     )
-    result = _execute("substitute", model, grid, plan, progress, seed=seed)
+    result = execute(model, grid, plan, progress)
     assert isinstance(result, EditResult)
     return result
 
@@ -165,16 +173,25 @@ def plan_inject(
     window: int = 10,
     generate: int = 0,
 ) -> Plan:
-    """The plan of `inject`."""
-    numbers = parse_layers(layers, model.tree.n_layers)
-    sets = [numbers]
-    if each and len(numbers) > 1:
-        sets += [(layer,) for layer in numbers]
-    edits = [Edit("host", "p_last", ())]
-    edits += [Edit(condition, "p_last", s) for condition in ("oracle", "cached") for s in sets]
-    return _plan(
-        model, grid, numbers, "p_last", window=window, edits=edits, generate=generate, host="BY"
+    """The plan of `inject`, which takes the same arguments."""
+    sites = _sites(model, layers, "p_last")
+    together: tuple[int, ...] = sites["layers"]
+    sets = [together]
+    if each and len(together) > 1:
+        sets += [(layer,) for layer in together]
+    edits = [Edit(HOST, "p_last", ())]
+    edits += [Edit(condition, "p_last", s) for condition in INJECT_CONDITIONS for s in sets]
+    plan = build_plan(
+        "inject",
+        model.tokenizer,
+        grid,
+        window=window,
+        edits=edits,
+        host="BY",
+        generate=generate,
+        **sites,
     )
+    return _checked(plan, model)
 
 
 def inject(
@@ -206,16 +223,17 @@ def inject(
         Interrupted: Ctrl-C; holds the finished rows.
     """
     plan = plan_inject(model, grid, layers=layers, each=each, window=window, generate=generate)
-    result = _execute("inject", model, grid, plan, progress, each=each)
+    result = execute(model, grid, plan, progress)
     assert isinstance(result, EditResult)
     return result
 
 
-def _conditions(conditions: Iterable[str] | None, grid: Grid) -> list[str]:
+def _conditions(conditions: str | Iterable[str] | None, grid: Grid) -> list[str]:
     has_donor = len(grid.personas) > 1
     if conditions is None:
         return [name for name in SUBSTITUTE_CONDITIONS if name != "other_x" or has_donor]
-    wanted = list(dict.fromkeys(conditions))
+    names = conditions.split(",") if isinstance(conditions, str) else conditions
+    wanted = list(dict.fromkeys(name.strip() for name in names))
     for name in wanted:
         if name not in SUBSTITUTE_CONDITIONS:
             raise PersonaError(
@@ -231,22 +249,25 @@ def _conditions(conditions: Iterable[str] | None, grid: Grid) -> list[str]:
     return [name for name in SUBSTITUTE_CONDITIONS if name in wanted]
 
 
-def _plan(model: Model, grid: Grid, layers: Layers, positions: Positions, **options: Any) -> Plan:
-    plan = build_plan(
-        model.tokenizer,
-        grid,
-        layers=parse_layers(layers, model.tree.n_layers),
-        positions=parse_positions(positions),
-        eos_ids=model.eos_ids,
-        **options,
-    )
+def _sites(model: Model, layers: Layers, positions: Positions) -> dict[str, Any]:
+    """What every plan takes from the model and the site expressions."""
+    return {
+        "layers": parse_layers(layers, model.tree.n_layers),
+        "positions": parse_positions(positions),
+        "eos_ids": model.eos_ids,
+    }
+
+
+def _checked(plan: Plan, model: Model) -> Plan:
+    """Refuse a plan whose longest sequence the model has no positions for."""
     longest = max(plan.prompts, key=lambda prompt: len(prompt.ids))
+    option = "--window" if plan.reference_tokens >= plan.generate else "--generate"
     tokens = len(longest.ids) + max(plan.reference_tokens, plan.generate)
     if tokens > model.tree.max_length:
         raise PersonaError(
             f"The prompt {_shorten(longest.text)!r} and its continuation take {tokens} tokens and "
             f"this model has room for {model.tree.max_length}; use shorter texts or a smaller "
-            "--window."
+            f"{option}."
         )
     return plan
 
@@ -255,15 +276,13 @@ def _shorten(text: str) -> str:
     return text if len(text) <= 60 else f"{text[:57]}..."
 
 
-def _execute(
-    command: str,
-    model: Model,
-    grid: Grid,
-    plan: Plan,
-    progress: Progress | None,
-    **arguments: Any,
-) -> Result:
-    """Run a plan on this machine and gather its events."""
+def execute(model: Model, grid: Grid, plan: Plan, progress: Progress | None = None) -> Result:
+    """Carry out a plan that was made for this model and grid, and gather its results.
+
+    Raises:
+        PersonaError: a value that is not finite, or memory that runs out.
+        Interrupted: Ctrl-C; holds what was finished.
+    """
     if not model.has_weights:
         raise PersonaError("This model was loaded without weights; use load_model(...) as it is.")
     limits = fit_limits(plan, model)
@@ -279,19 +298,10 @@ def _execute(
 
     def result(*, complete: bool) -> Result:
         common: dict[str, Any] = {
-            "command": command,
             "model": model,
             "grid": grid,
             "plan": plan,
             "cost": cost,
-            "arguments": {
-                "layers": list(plan.layers),
-                "positions": list(plan.positions),
-                "window": plan.window,
-                "conditions": list(dict.fromkeys(edit.condition for edit in plan.edits)),
-                "generate": plan.generate,
-                **arguments,
-            },
             "continuations": continuations,
             "seconds": {
                 "first_cells_recorded": recorded,
@@ -324,6 +334,11 @@ def _execute(
     except KeyboardInterrupt as interrupt:
         finished = bool(scores or residuals)
         raise Interrupted(result(complete=False) if finished else None) from interrupt
+    except torch.OutOfMemoryError as error:
+        raise PersonaError(
+            f"{model.device} ran out of memory in batches of {limits.rows} rows; free some of it, "
+            "or use a smaller grid, a shorter --window or another --device."
+        ) from error
     return result(complete=True)
 
 

@@ -11,13 +11,14 @@ import torch
 from persona_nnsight.errors import PersonaError
 from persona_nnsight.module_tree import ModuleTree, find_tree
 from persona_nnsight.weights import Weights, resolve
+from persona_nnsight.weights.embedded import ALIAS
 from persona_nnsight.weights.model_files import first_line
 
 if TYPE_CHECKING:
     from nnsight.modeling.transformers import TransformersModel
     from transformers import PretrainedConfig, PreTrainedTokenizerBase
 
-DEFAULT_MODEL = "smollm2-135m"
+DEFAULT_MODEL = ALIAS
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 
@@ -59,6 +60,7 @@ def load_model(
     device: str = "auto",
     attn: str | None = None,
     weights: bool = True,
+    fetch: bool = True,
     notify: Callable[[str], None] | None = None,
 ) -> Model:
     """Load a causal language model for tracing.
@@ -74,7 +76,9 @@ def load_model(
         attn: attention implementation (``eager``, ``sdpa``, ``flash_attention_2``); None leaves
             the choice to transformers, but for models that cap their attention logits (Gemma 2),
             where only ``eager`` computes the cap.
-        weights: False builds the skeleton alone, enough to plan a run.
+        weights: False builds the skeleton alone, enough to plan a run; of a hub model only the
+            configuration and tokenizer are fetched for it.
+        fetch: False never downloads or converts weights.
         notify: called with a line of text before something slow (a download, a conversion).
 
     Raises:
@@ -82,7 +86,7 @@ def load_model(
     """
     placement = _device(device)
     chosen_dtype = _dtype(dtype, placement)
-    source = resolve(spec, revision=revision, fetch=weights, weights=weights, notify=notify)
+    source = resolve(spec, revision=revision, fetch=fetch, weights=weights, notify=notify)
     tokenizer = _load_tokenizer(source)
     lm = _load_lm(source, tokenizer, chosen_dtype, placement if weights else None, attn)
     module = lm._module
@@ -139,7 +143,7 @@ def _load_tokenizer(source: Weights) -> PreTrainedTokenizerBase:
     from transformers import AutoTokenizer
 
     try:
-        return AutoTokenizer.from_pretrained(source.path)
+        return AutoTokenizer.from_pretrained(source.path, **_NO_CODE)
     except Exception as error:
         raise PersonaError(
             f"The tokenizer of {source.spec!r} cannot be read ({first_line(error)}); a model "
@@ -159,7 +163,7 @@ def _load_lm(
     from transformers import AutoConfig, AutoModelForCausalLM
 
     try:
-        config = AutoConfig.from_pretrained(source.path)
+        config = AutoConfig.from_pretrained(source.path, **_NO_CODE)
     except Exception as error:
         raise _unreadable(source, error) from error
     if config.is_encoder_decoder:
@@ -169,7 +173,7 @@ def _load_lm(
         )
     if attn is None and getattr(config.get_text_config(decoder=True), _SOFT_CAP, None):
         attn = "eager"
-    options: dict[str, Any] = {"dtype": dtype}
+    options: dict[str, Any] = {"dtype": dtype, **_NO_CODE}
     if attn is not None:
         options["attn_implementation"] = attn
     wrapping: dict[str, Any] = {"task": "text-generation", "tokenizer": tokenizer}
@@ -196,6 +200,9 @@ def _load_lm(
     module.requires_grad_(False)
     return TransformersModel(module, **wrapping)
 
+
+#: Code that comes with a model is never run, nor is the user asked whether to.
+_NO_CODE: dict[str, Any] = {"trust_remote_code": False}
 
 #: Set in the configuration of models that cap their attention logits (Gemma 2). transformers'
 #: default attention there, sdpa, silently leaves the cap out, which changes the logits.

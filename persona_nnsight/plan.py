@@ -11,8 +11,8 @@ from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
+from persona_nnsight.conditions import DONOR_KEY, RESIDUAL_KEYS
 from persona_nnsight.errors import PersonaError
-from persona_nnsight.interventions import DONOR_KEY, RESIDUAL_KEYS
 from persona_nnsight.prompts import Prompt, encode_prompt
 from persona_nnsight.sites import generated_index
 
@@ -52,6 +52,7 @@ class Plan:
     """A run over cells.
 
     Attributes:
+        command: the experiment: ``capture``, ``substitute`` or ``inject``.
         prompts: every unique prompt once.
         cells: the cells, in the grid's order.
         layers: layers whose residuals are recorded, ascending.
@@ -62,8 +63,10 @@ class Plan:
         generate: tokens of greedy text to write for each edit, 0 for none.
         eos_ids: tokens that end a continuation.
         pad_id: a token for padding; attention never sees it.
+        seed: of the ``random`` condition.
     """
 
+    command: str
     prompts: tuple[Prompt, ...]
     cells: tuple[CellPlan, ...]
     layers: tuple[int, ...]
@@ -74,6 +77,7 @@ class Plan:
     generate: int
     eos_ids: tuple[int, ...]
     pad_id: int
+    seed: int
 
     @property
     def last_generated(self) -> int:
@@ -94,7 +98,7 @@ class Plan:
         """
         if "p_user_last" not in self.positions:
             return 1
-        return max(len(prompt.ids) - prompt.user_last for prompt in self.prompts)
+        return max(len(prompt.ids) - user_last(prompt) for prompt in self.prompts)
 
     @property
     def text_edits(self) -> tuple[int | None, ...]:
@@ -114,6 +118,7 @@ class Plan:
 
 
 def build_plan(
+    command: str,
     tokenizer: PreTrainedTokenizerBase,
     grid: Grid,
     *,
@@ -129,8 +134,8 @@ def build_plan(
     """Encode a grid's prompts and lay out its cells.
 
     Raises:
-        PersonaError: a window or text length that is no positive number, or a prompt that the
-            chat template cannot take.
+        PersonaError: a window or text length that is no positive number, a prompt that the chat
+            template cannot take, or a template in which an asked position does not exist.
     """
     if window < 1:
         raise PersonaError(f"A window of {window} tokens holds nothing; use 1 or more (10).")
@@ -157,6 +162,7 @@ def build_plan(
     )
     pad_id = tokenizer.pad_token_id
     plan = Plan(
+        command=command,
         prompts=tuple(encoded),
         cells=cells,
         layers=layers,
@@ -167,6 +173,7 @@ def build_plan(
         generate=generate,
         eos_ids=eos_ids,
         pad_id=pad_id if isinstance(pad_id, int) else 0,
+        seed=seed,
     )
     shortest = min(plan.prompts, key=lambda prompt: len(prompt.ids))
     if len(shortest.ids) <= plan.tail:
@@ -176,6 +183,20 @@ def build_plan(
             "before them; use a longer template."
         )
     return plan
+
+
+def user_last(prompt: Prompt) -> int:
+    """Index of the last token of the user turn.
+
+    Raises:
+        PersonaError: the chat template gives it no position.
+    """
+    if prompt.user_last is None:
+        raise PersonaError(
+            "Position 'p_user_last' does not exist with this model: its chat template ends the "
+            "user turn with other tokens when an answer follows; use p_last, g1 to g9."
+        )
+    return prompt.user_last
 
 
 def _texts(grid: Grid, cell: Cell, with_donor: bool) -> dict[str, str]:

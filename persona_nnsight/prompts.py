@@ -18,12 +18,13 @@ class Prompt:
     Attributes:
         text: the user message.
         ids: token ids of the whole rendered prompt; the last one is the site ``p_last``.
-        user_last: index in ``ids`` of the last token of the user turn (site ``p_user_last``).
+        user_last: index in ``ids`` of the last token of the user turn (site ``p_user_last``); None
+            where the template writes the end of that turn differently when an answer follows.
     """
 
     text: str
     ids: tuple[int, ...]
-    user_last: int
+    user_last: int | None
 
 
 def encode_prompt(tokenizer: PreTrainedTokenizerBase, text: str) -> Prompt:
@@ -34,18 +35,12 @@ def encode_prompt(tokenizer: PreTrainedTokenizerBase, text: str) -> Prompt:
     off: the answer begins right after the prompt.
 
     Raises:
-        PersonaError: no chat template, a template that refuses a lone user turn, or one whose
-            generation prompt changes the text before it (``p_user_last`` would not exist).
+        PersonaError: no chat template, or one that refuses a lone user turn.
     """
     full = _encode(tokenizer, text, generation_prompt=True)
     user = _encode(tokenizer, text, generation_prompt=False)
-    if not user or len(user) > len(full) or full[: len(user)] != user:
-        raise PersonaError(
-            "This model's chat template does not put the generation prompt after the user turn "
-            "(the tokens of the user turn change when it is added), so the end of the user turn "
-            "has no position; use a model with an ordinary chat template."
-        )
-    return Prompt(text=text, ids=tuple(full), user_last=len(user) - 1)
+    begins = bool(user) and full[: len(user)] == user
+    return Prompt(text=text, ids=tuple(full), user_last=len(user) - 1 if begins else None)
 
 
 def _encode(tokenizer: PreTrainedTokenizerBase, text: str, *, generation_prompt: bool) -> list[int]:

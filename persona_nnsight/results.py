@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 from persona_nnsight.tables import geometry_summary, geometry_table, kl_summary, kl_table
 
@@ -37,20 +37,16 @@ class Result:
     """Common to all experiments.
 
     Attributes:
-        command: ``capture``, ``substitute`` or ``inject``.
         model, grid, plan, cost: what was run, on what.
-        arguments: the experiment's arguments, as they were resolved.
         continuations: XY's clean greedy token ids by index of the cell in the plan.
         seconds: wall time by stage.
         complete: False when the run was interrupted; the tables then hold what was finished.
     """
 
-    command: str
     model: Model
     grid: Grid
     plan: Plan
     cost: Cost
-    arguments: dict[str, Any]
     continuations: dict[int, tuple[int, ...]]
     seconds: dict[str, float]
     complete: bool

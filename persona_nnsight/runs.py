@@ -10,8 +10,8 @@
                           its metadata holds the labels of the first three axes as JSON
 ========================  ======================================================================
 
-A directory is written whole under a temporary name beside its target and then renamed, so it is
-there complete or not at all.
+The files are written under a temporary name and moved into place when all are done, ``run.json``
+last: a directory that holds it holds a whole run.
 """
 
 from __future__ import annotations
@@ -43,22 +43,32 @@ def check_free(directory: Path) -> None:
     """Refuse a target that holds anything, before work is spent on it.
 
     Raises:
-        PersonaError: `directory` is a file, holds a run, or is not empty.
+        PersonaError: `directory` is a file, holds a run, is not empty, or cannot be made.
     """
     advice = "choose another --out, or remove it first"
-    if directory.is_dir():
-        if (directory / "run.json").exists():
-            raise PersonaError(f"{str(directory)!r} already holds a run; {advice}.")
-        if any(directory.iterdir()):
-            raise PersonaError(f"The directory {str(directory)!r} is not empty; {advice}.")
-    elif directory.exists() or directory.is_symlink():
-        raise PersonaError(f"{str(directory)!r} is a file, not a directory; {advice}.")
-    parent = _existing_parent(directory)
-    if not parent.is_dir() or not os.access(parent, os.W_OK):
+    try:
+        if directory.is_dir():
+            if (directory / "run.json").exists():
+                raise PersonaError(f"{str(directory)!r} already holds a run; {advice}.")
+            if any(directory.iterdir()):
+                raise PersonaError(f"The directory {str(directory)!r} is not empty; {advice}.")
+        elif directory.exists() or directory.is_symlink():
+            raise PersonaError(f"{str(directory)!r} is a file, not a directory; {advice}.")
+        writable = directory if directory.is_dir() else _existing_parent(directory)
+    except OSError as error:
+        raise _unwritable(directory, error) from error
+    if not writable.is_dir() or not os.access(writable, os.W_OK):
         raise PersonaError(
-            f"Cannot create {str(directory)!r}: {str(parent)!r} is no directory that you may write "
-            "to; choose another --out."
+            f"Cannot create {str(directory)!r}: {str(writable)!r} is no directory that you may "
+            "write to; choose another --out."
         )
+
+
+def _unwritable(directory: Path, error: OSError) -> PersonaError:
+    return PersonaError(
+        f"The run cannot be written to {str(directory)!r} ({error.strerror or error}); choose "
+        "another --out."
+    )
 
 
 def _existing_parent(directory: Path) -> Path:
@@ -83,23 +93,24 @@ def save_run(result: Result, directory: Path) -> Path:
         PersonaError: the directory already holds something, or cannot be written.
     """
     check_free(directory)
+    made = not directory.is_dir()
+    moved: list[Path] = []
     try:
-        directory.parent.mkdir(parents=True, exist_ok=True)
-        partial = Path(tempfile.mkdtemp(prefix=f".{directory.name}-", dir=directory.parent))
-        try:
-            partial.chmod(0o755)
-            _write_files(result, partial)
-            if directory.is_dir():
-                directory.rmdir()
-            partial.rename(directory)
-        except BaseException:
-            shutil.rmtree(partial, ignore_errors=True)
-            raise
-    except OSError as error:
-        raise PersonaError(
-            f"The run cannot be written to {str(directory)!r} ({error.strerror or error}); choose "
-            "another --out."
-        ) from error
+        directory.mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryDirectory(prefix=".partial-", dir=directory) as partial:
+            _write_files(result, Path(partial))
+            # run.json last: a directory that has it has everything.
+            for name in sorted(os.listdir(partial), key=lambda name: name == "run.json"):
+                moved.append(directory / name)
+                os.replace(Path(partial, name), directory / name)
+    except BaseException as error:
+        for path in moved:
+            path.unlink(missing_ok=True)
+        if made:
+            shutil.rmtree(directory, ignore_errors=True)
+        if isinstance(error, OSError):
+            raise _unwritable(directory, error) from error
+        raise
     return directory
 
 
@@ -138,9 +149,16 @@ def run_manifest(result: Result) -> dict[str, Any]:
     model, plan = result.model, result.plan
     return {
         "format": FORMAT,
-        "command": result.command,
+        "command": plan.command,
         "argv": sys.argv[1:] if Path(sys.argv[0]).stem == "persona" else None,
-        "arguments": result.arguments,
+        "arguments": {
+            "layers": plan.layers,
+            "positions": plan.positions,
+            "window": plan.window,
+            "conditions": list(dict.fromkeys(edit.condition for edit in plan.edits)),
+            "generate": plan.generate,
+            "seed": plan.seed,
+        },
         "complete": result.complete,
         "finished": datetime.now(timezone.utc).isoformat(timespec="seconds"),
         "model": {

@@ -15,6 +15,9 @@ from persona_nnsight.sites import format_layers
 #: How an edit of no layers (the unedited host of an injection) is written in the layers column.
 NO_LAYERS = "none"
 
+#: KLs below this, in nats, are rounding: a share of them means nothing and is left empty.
+KL_FLOOR = 1e-5
+
 _SITE = ["condition", "position", "layers"]
 
 
@@ -55,7 +58,8 @@ def geometry_summary(table: pd.DataFrame) -> pd.DataFrame:
 def kl_table(plan: Plan, scores: Sequence[Scored]) -> pd.DataFrame:
     """One row per cell and edit, in the plan's order: KL in nats, summed over ``n_tokens``.
 
-    A run into the BY host adds ``gap_closed`` = 1 - KL / KL of the unedited host, cell by cell.
+    A run into the BY host adds ``gap_closed`` = 1 - KL / KL of the unedited host, cell by cell
+    (empty where the host's KL is below `KL_FLOOR`: there is no gap).
     """
     rows = []
     for score in sorted(scores, key=lambda score: (score.cell, score.edit)):
@@ -76,7 +80,7 @@ def kl_table(plan: Plan, scores: Sequence[Scored]) -> pd.DataFrame:
     if plan.host == "BY":
         cell_keys = ["persona", "task"]
         host = table[table["condition"] == "host"].set_index(cell_keys)["kl"].rename("host")
-        table["gap_closed"] = 1 - table["kl"] / table.join(host, on=cell_keys)["host"]
+        table["gap_closed"] = _share(table["kl"], table.join(host, on=cell_keys)["host"])
     return table
 
 
@@ -84,8 +88,9 @@ def kl_summary(table: pd.DataFrame) -> pd.DataFrame:
     """Median, quartiles and extremes of KL over cells, one row per edit.
 
     ``n`` counts the cells that have a window at all. A substitution's ``recovered`` is
-    1 - median KL / median KL of condition ``bb`` at the same site (empty without that condition);
-    an injection's ``gap_closed`` is the median over cells.
+    1 - median KL / median KL of condition ``bb`` at the same site (empty without that condition,
+    or where its median is below `KL_FLOOR`: there is nothing to recover); an
+    injection's ``gap_closed`` is the median over cells.
     """
     grouped = table.groupby(_SITE, sort=False)
     kl = grouped["kl"]
@@ -103,5 +108,10 @@ def kl_summary(table: pd.DataFrame) -> pd.DataFrame:
         return summary.join(grouped["gap_closed"].median(), on=_SITE)
     site = ["position", "layers"]
     neither = summary[summary["condition"] == "bb"].set_index(site)["median"].rename("bb")
-    summary["recovered"] = 1 - summary["median"] / summary.join(neither, on=site)["bb"]
+    summary["recovered"] = _share(summary["median"], summary.join(neither, on=site)["bb"])
     return summary
+
+
+def _share(kl: pd.Series[float], of: pd.Series[float]) -> pd.Series[float]:
+    """1 - kl / of, empty where `of` is too small to be divided by."""
+    return 1 - kl / of.where(of >= KL_FLOOR)

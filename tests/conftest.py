@@ -33,7 +33,7 @@ def tiny_dir(tmp_path_factory: pytest.TempPathFactory) -> Callable[..., Path]:
 
     @cache
     def build(family: str, **options: object) -> Path:
-        name = "-".join([family, *(f"{key}{len(str(value))}" for key, value in options.items())])
+        name = family if not options else f"{family}-{len(list(root.iterdir()))}"
         return make_model_dir(family, root / name, **options)  # type: ignore[arg-type]
 
     return build

@@ -8,13 +8,9 @@ import pytest
 import torch
 from torch import tensor
 
+from persona_nnsight.conditions import HOST, INJECT_CONDITIONS, SUBSTITUTE_CONDITIONS
 from persona_nnsight.geometry import decompose
-from persona_nnsight.interventions import (
-    INJECT_CONDITIONS,
-    SUBSTITUTE_CONDITIONS,
-    edit_vector,
-    seeded_noise,
-)
+from persona_nnsight.interventions import edit_vector, seeded_noise
 from persona_nnsight.measures import window_kl
 
 H = {
@@ -48,10 +44,9 @@ def test_vectors(condition: str, expected: list[float]) -> None:
 def test_every_condition_has_a_vector() -> None:
     noise = torch.ones(3)
     for condition in [*SUBSTITUTE_CONDITIONS, *INJECT_CONDITIONS]:
-        if condition != "host":
-            assert edit_vector(condition, H, noise).shape == (3,)
+        assert edit_vector(condition, H, noise).shape == (3,)
     with pytest.raises(ValueError, match="no vector is defined for condition 'host'"):
-        edit_vector("host", H)
+        edit_vector(HOST, H)
 
 
 def test_random_is_as_long_as_the_joint_effect() -> None:

@@ -21,8 +21,9 @@ from safetensors import safe_open
 from safetensors.torch import load_file
 
 from persona_nnsight import Grid, Model, capture, inject, substitute
+from persona_nnsight.conditions import SUBSTITUTE_CONDITIONS
+from persona_nnsight.costs import Limits
 from persona_nnsight.engine import Event, run
-from persona_nnsight.interventions import SUBSTITUTE_CONDITIONS
 
 TinyDir = Callable[..., Path]
 Persona = Callable[..., "Outcome"]
@@ -220,6 +221,7 @@ def test_dry_run(persona: Persona, tiny_dir: TinyDir, tmp_path: Path) -> None:
     assert not Path("outputs").exists()
 
 
+@pytest.mark.parametrize("limits", [Limits(cells=99, rows=99), Limits(cells=3, rows=2)])
 @pytest.mark.parametrize("positions", ["p_last", "p_user_last,g3"])
 @pytest.mark.parametrize("command", [capture, substitute, inject])
 def test_the_dry_run_counts_what_the_run_does(
@@ -227,6 +229,7 @@ def test_the_dry_run_counts_what_the_run_does(
     monkeypatch: pytest.MonkeyPatch,
     command: Callable[..., Any],
     positions: str,
+    limits: Limits,
 ) -> None:
     """Forward passes and tokens, counted at the model by a hook."""
     model = tiny("llama")
@@ -239,7 +242,9 @@ def test_the_dry_run_counts_what_the_run_does(
         tokens += kwargs["input_ids"].numel()
 
     handle = module.register_forward_pre_hook(count, with_kwargs=True)
-    options = {} if command is inject else {"positions": positions}
+    monkeypatch.setattr("persona_nnsight.experiments.fit_limits", lambda plan, model: limits)
+    options: dict[str, Any] = {} if command is inject else {"positions": positions}
+    options |= {} if command is capture else {"generate": 4}
     grid = Grid.from_dict(
         {"name": "even", "personas": {"a": "ab", "b": "cd"}, "tasks": {"x": "uv", "y": "wx"}}
         | {"baseline": {"persona": "ef", "task": "yz"}}  # equal lengths: nothing is padded
@@ -261,7 +266,9 @@ BAD = {
     "grid": (["--grid", "nope"], "'nope'"),
     "window": (["--window", "0"], "window of 0 tokens"),
     "generate": (["--generate", "-1"], "Cannot generate -1 tokens"),
-    "too long": (["--window", "9000"], "has room for 4096"),
+    "too long": (["--window", "9000"], "has room for 4096; use shorter texts or a smaller --wind"),
+    "too much text": (["--generate", "9000"], "use shorter texts or a smaller --generate"),
+    "empty grid": (["--grid", ""], "no built-in grid and no file is called ''"),
     "dtype": (["--dtype", "int8"], "'int8' is not known"),
     "device": (["--device", "tpu"], "'tpu' is not known"),
     "half a cell": (["--persona", "Yoda"], "also needs --task"),
@@ -270,6 +277,8 @@ BAD = {
     "output in use": (["--out", "full"], "is not empty"),
     "output run": (["--out", "done"], "already holds a run"),
     "output below a file": (["--out", "grid.yaml/run"], "Cannot create"),
+    "output name": (["--out", "x" * 300], "File name too long"),
+    "model name": (["--model", "x" * 300], "is no model"),
 }
 
 
@@ -304,6 +313,46 @@ def test_bad_models(persona: Persona, command: str, tmp_path: Path) -> None:
         assert (outcome.code, outcome.out) == (2, "")
         assert says in outcome.err
     assert time.monotonic() - start < 30
+
+
+def test_input_is_checked_before_weights_are_loaded(
+    persona: Persona, tiny_dir: TinyDir, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def refuse(*_: object, **__: object) -> None:
+        raise AssertionError("the weights were loaded")
+
+    monkeypatch.setattr("transformers.AutoModelForCausalLM.from_pretrained", refuse)
+    command = ("substitute", "-m", tiny_dir("llama"), "-g", "grid.yaml")
+    assert persona(*command, "-p", "g0").code == 2
+    assert persona(*command, "-l", "77").code == 2
+    Path("outputs").write_text("not a directory")
+    outcome = persona(*command)
+    assert outcome.code == 2
+    assert "Cannot create 'outputs/substitute-llama-tiny-1'" in outcome.err
+
+
+def test_into_the_current_directory(persona: Persona, tiny_dir: TinyDir) -> None:
+    Path("empty").mkdir()
+    os.chdir("empty")
+    outcome = persona("capture", "-m", tiny_dir("llama"), "-g", "../grid.yaml", "-o", ".")
+    assert outcome.code == 0, outcome.err
+    assert files(Path()) == ["geometry.csv", "residuals.safetensors", "run.json"]
+
+
+def test_nothing_to_recover(persona: Persona, tiny_dir: TinyDir) -> None:
+    """No share is made up where there is nothing to share: at layer 0, and without a persona."""
+    model = tiny_dir("llama")
+    # The input of layer 0 is the token's embedding, whatever stands before it.
+    outcome = persona("substitute", "-m", model, "-g", "grid.yaml", "-l", "0", "-o", "zero")
+    assert outcome.code == 0, outcome.err
+    assert "recovers" not in outcome.out
+    summary = pd.read_csv("zero/summary.csv").set_index("condition")
+    assert summary.loc[["bb", "additive"], "median"].abs().max() < 1e-5
+    assert summary["recovered"].isna().all()
+    same = ("--persona", "a thoughtful person", "--task", "write.")
+    outcome = persona("inject", "-m", model, *same, "-l", "2", "-o", "same")
+    assert outcome.code == 0, outcome.err
+    assert pd.read_csv("same/kl.csv")["gap_closed"].isna().all()
 
 
 def test_empty_texts(persona: Persona, tiny_dir: TinyDir) -> None:

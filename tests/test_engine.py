@@ -13,9 +13,10 @@ from reference import Reference, generated_index, kl, vector
 from tiny import FAMILIES
 
 from persona_nnsight import EditResult, Grid, Model, capture, inject, substitute
+from persona_nnsight.conditions import SUBSTITUTE_CONDITIONS
 from persona_nnsight.costs import Limits
 from persona_nnsight.grids import Cell
-from persona_nnsight.interventions import SUBSTITUTE_CONDITIONS, seeded_noise
+from persona_nnsight.interventions import seeded_noise
 
 Tiny = Callable[..., Model]
 
@@ -192,7 +193,9 @@ def test_a_cell_does_not_depend_on_its_neighbours(
     tiny: Tiny, family: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     model = tiny(family)
-    whole = lookup(substitute(model, TINY_GRID, layers=LAYERS, positions=POSITIONS))
+    options: dict[str, Any] = {"layers": LAYERS, "positions": POSITIONS, "generate": 6}
+    run = substitute(model, TINY_GRID, **options)
+    whole = lookup(run)
     one = TINY_GRID.select(["marx"], ["review"])
     alone = lookup(substitute(model, one, layers=LAYERS, positions=POSITIONS))
     assert len(alone) == len(SUBSTITUTE_CONDITIONS) * len(LAYERS) * len(POSITIONS)
@@ -202,9 +205,25 @@ def test_a_cell_does_not_depend_on_its_neighbours(
     monkeypatch.setattr(
         "persona_nnsight.experiments.fit_limits", lambda plan, model: Limits(cells=2, rows=5)
     )
-    cut = lookup(substitute(model, TINY_GRID, layers=LAYERS, positions=POSITIONS))
+    in_pieces = substitute(model, TINY_GRID, **options)
+    cut = lookup(in_pieces)
     for row, value in whole.items():
         assert cut[row] == pytest.approx(value, **TINY_TOLERANCE), row
+    texts = {
+        (text.persona, text.task, text.condition, text.position, text.layers): text.text
+        for text in run.texts
+    }
+    assert len(in_pieces.texts) == len(texts) == len(run.texts)
+    for text in in_pieces.texts:
+        site = (text.persona, text.task, text.condition, text.position, text.layers)
+        assert text.text == texts[site], site
+
+    # Batches that hold unedited rows alone, as the first of an injection may.
+    injected = inject(model, TINY_GRID, layers=(2,), generate=6)
+    monkeypatch.undo()
+    expected = {(t.persona, t.task, t.condition): t.text for t in injected.texts}
+    for text in inject(model, TINY_GRID, layers=(2,), generate=6).texts:
+        assert text.text == expected[text.persona, text.task, text.condition]
 
 
 @pytest.mark.parametrize("family", ["llama", "qwen2", "phi3"])
@@ -212,8 +231,14 @@ def test_a_continuation_that_ends_early_shortens_the_window(tiny: Tiny, family: 
     model = tiny(family, eos_early=True)
     reference = reference_of(model)
     result = substitute(
-        model, TINY_GRID, layers=(2,), positions="p_last,g1,g2", conditions=["additive", "bb"]
+        model,
+        TINY_GRID,
+        layers=(2,),
+        positions="p_last,g1,g2",
+        conditions=["additive", "bb"],
+        generate=9,
     )
+    clean_texts = {(t.persona, t.task): t for t in result.texts if t.condition == "clean"}
     captured = capture(model, TINY_GRID, layers=(2,), positions="p_last,g1,g2")
     found = lookup(result)
     lengths = set()
@@ -222,6 +247,9 @@ def test_a_continuation_that_ends_early_shortens_the_window(tiny: Tiny, family: 
         continuation = reference.continuation(prompts, ["g2"])
         lengths.add(len(continuation))
         assert list(result.continuations[index]) == continuation
+        text = clean_texts[cell.persona.key, cell.task.key]
+        assert text.n_tokens == min(len(continuation), 9)
+        assert text.text == decode(model, continuation[:9])
         for k, position in enumerate(("p_last", "g1", "g2")):
             value, n_tokens = found[(cell.persona.key, cell.task.key, "additive", position, "2")]
             missing = k > len(continuation)

@@ -78,8 +78,11 @@ def test_low_precision(tiny_dir: TinyDir, family: str, dtype: str) -> None:
     found = lookup(result)
     bb = found[("chef", "haiku", "bb", "p_last", "3")][0]
     clean = found[("chef", "haiku", "clean", "p_last", "3")][0]
-    assert 0 < bb < float("inf")
-    assert abs(clean) < 0.1 * bb
+    continuation = reference.continuation(prompts, ["p_last"])
+    assert list(result.continuations[0]) == continuation
+    score = reference.substitution_kl(prompts, "p_last", 3, "bb", continuation)
+    assert bb == pytest.approx(score.kl, rel=0.05)
+    assert abs(clean) < 0.02 * bb
 
 
 @pytest.mark.parametrize(
@@ -102,8 +105,16 @@ def test_a_residual_that_overflows(
         assert part in message, message
     # Above the asked layers the overflow still shows, in the logits.
     expected = f"XY prompt .* not finite at layer 3, position p_last in {dtype}; use {way_out}"
-    with pytest.raises(PersonaError, match=expected):
-        substitute(model, TINY_GRID, layers=(1,), positions="p_last")
+    for command in (substitute, capture):
+        with pytest.raises(PersonaError, match=expected):
+            command(model, TINY_GRID, layers=(1,), positions="p_last,g1")
+    # And above the last residual, where no layer is to be blamed.
+    weights["model.layers.2.mlp.down_proj.weight"] *= 0
+    weights["lm_head.weight"] *= 1e6 if dtype == "float16" else 3e38
+    save_file(weights, directory / "model.safetensors", metadata={"format": "pt"})
+    model = load_model(str(directory), dtype=dtype)
+    with pytest.raises(PersonaError, match=f"not finite after layer 4 in {dtype}; use {way_out}"):
+        capture(model, TINY_GRID, layers=(1,), positions="p_last,g1")
 
 
 def test_auto_dtype_is_float32_on_a_cpu(tiny: Tiny) -> None:
@@ -135,6 +146,26 @@ def test_bad_options(tiny_dir: TinyDir, options: dict[str, str], says: str) -> N
     with pytest.raises(PersonaError) as caught:
         load_model(str(tiny_dir("llama")), **options)  # type: ignore[arg-type]
     assert says in str(caught.value)
+
+
+def test_arguments_of_any_kind(tiny: Tiny) -> None:
+    """Iterators are read once, and every list may be written with commas."""
+    model = tiny("llama")
+    grid = TINY_GRID.select(["yoda"], ["haiku"])
+    asked = substitute(
+        model,
+        grid,
+        layers=(layer for layer in (2, 3)),
+        positions=(name for name in ("p_last", "g1")),
+        conditions=(name for name in ("bb", "additive")),
+    )
+    written = substitute(
+        model, grid, layers="2,3", positions="p_last, g1", conditions="additive, bb"
+    )
+    assert asked.plan == written.plan
+    assert len(asked.frame()) == 2 * 2 * 2
+    with pytest.raises(PersonaError, match="Condition 'magic' does not exist"):
+        substitute(model, grid, conditions="additive,magic")
 
 
 def test_missing_weights_are_not_made_up(tmp_path: Path) -> None:

@@ -6,9 +6,10 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from conftest import TINY_GRID
 from tiny import CHATML, CHATML_DEFAULT_SYSTEM, NO_SYSTEM, THINKING, save_tokenizer
 
-from persona_nnsight import PersonaError
+from persona_nnsight import PersonaError, capture
 from persona_nnsight.prompts import encode_prompt
 
 TEXT = "As Yoda, write a haiku."
@@ -46,6 +47,7 @@ def test_templates(tmp_path: Path, template: str, before: str, between: str, hea
     tokenizer = save_tokenizer(tmp_path, template)
     prompt = encode_prompt(tokenizer, TEXT)
     assert text_of(tokenizer, prompt.ids) == before + TEXT + between + header
+    assert prompt.user_last is not None
     assert text_of(tokenizer, prompt.ids[: prompt.user_last + 1]) == before + TEXT + between
     assert text_of(tokenizer, prompt.ids[prompt.user_last + 1 :]) == header
 
@@ -62,14 +64,24 @@ def test_a_template_that_refuses(tmp_path: Path) -> None:
         encode_prompt(tokenizer, TEXT)
 
 
-def test_a_template_whose_header_changes_the_user_turn(tmp_path: Path) -> None:
-    template = (
-        "{% if add_generation_prompt %}{{ 'Q: ' + messages[0]['content'] + ' A:' }}"
-        "{% else %}{{ messages[0]['content'] }}{% endif %}"
-    )
-    tokenizer = save_tokenizer(tmp_path, template)
-    with pytest.raises(PersonaError, match="does not put the generation prompt after"):
-        encode_prompt(tokenizer, TEXT)
+#: Ends a conversation with one token and a turn that is answered with another, as Phi-3's does.
+CLOSING = (
+    "{{ '<|im_start|>user\n' + messages[0]['content'] + '\n' }}"
+    "{% if add_generation_prompt %}{{ '<|im_start|>assistant\n' }}"
+    "{% else %}{{ eos_token }}{% endif %}"
+)
+
+
+def test_a_template_without_an_end_of_the_user_turn(tmp_path: Path, tiny: Any) -> None:
+    """It has no p_user_last; everything else works."""
+    prompt = encode_prompt(save_tokenizer(tmp_path, CLOSING), TEXT)
+    assert prompt.user_last is None
+    model = tiny("phi3", chat_template=CLOSING)
+    grid = TINY_GRID.select(["yoda"], ["haiku"])
+    result = capture(model, grid, layers=(2,), positions="p_last,g1")
+    assert result.frame()["cos_xy_sum"].notna().all()
+    with pytest.raises(PersonaError, match="'p_user_last' does not exist with this model"):
+        capture(model, grid, layers=(2,), positions="p_user_last")
 
 
 def test_a_template_without_a_header(tmp_path: Path) -> None:

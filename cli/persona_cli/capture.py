@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 from rich.console import RenderableType
 from rich.table import Table
@@ -17,7 +17,7 @@ if TYPE_CHECKING:
 
 
 def capture(
-    model: o.ModelSpec = "smollm2-135m",
+    model: o.ModelSpec = o.DEFAULT_MODEL,
     revision: o.Revision = None,
     dtype: o.Dtype = "auto",
     device: o.Device = "auto",
@@ -49,9 +49,7 @@ def capture(
     from persona_nnsight import experiments
 
     cells = o.choose_grid(grid, personas, tasks, persona, task)
-    sites: dict[str, Any] = {"layers": layers, "positions": positions, "window": window}
     run_experiment(
-        "capture",
         grid=cells,
         load={
             "spec": model,
@@ -60,9 +58,12 @@ def capture(
             "device": device,
             "attn": attn,
         },
-        make_plan=lambda loaded: experiments.plan_capture(loaded, cells, **sites),
-        experiment=lambda loaded, progress: experiments.capture(
-            loaded, cells, **sites, progress=progress
+        make_plan=lambda skeleton: experiments.plan_capture(
+            skeleton,
+            cells,
+            layers=layers,
+            positions=positions,
+            window=window,
         ),
         show=_table,
         out=out,

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 from rich.console import RenderableType
@@ -18,7 +18,7 @@ if TYPE_CHECKING:
 
 
 def inject(
-    model: o.ModelSpec = "smollm2-135m",
+    model: o.ModelSpec = o.DEFAULT_MODEL,
     revision: o.Revision = None,
     dtype: o.Dtype = "auto",
     device: o.Device = "auto",
@@ -59,9 +59,7 @@ def inject(
     from persona_nnsight import experiments
 
     cells = o.choose_grid(grid, personas, tasks, persona, task)
-    asked: dict[str, Any] = {"layers": layers, "each": each, "window": window, "generate": generate}
     run_experiment(
-        "inject",
         grid=cells,
         load={
             "spec": model,
@@ -70,9 +68,13 @@ def inject(
             "device": device,
             "attn": attn,
         },
-        make_plan=lambda loaded: experiments.plan_inject(loaded, cells, **asked),
-        experiment=lambda loaded, progress: experiments.inject(
-            loaded, cells, **asked, progress=progress
+        make_plan=lambda skeleton: experiments.plan_inject(
+            skeleton,
+            cells,
+            layers=layers,
+            each=each,
+            window=window,
+            generate=generate,
         ),
         show=_table,
         out=out,

@@ -8,9 +8,12 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from persona_nnsight.errors import PersonaError
+from persona_nnsight.weights.embedded import ALIAS
 
 if TYPE_CHECKING:
     from persona_nnsight.grids import Grid
+
+DEFAULT_MODEL = ALIAS
 
 _MODEL, _CELLS, _SITES, _OUTPUT = "Model", "Cells", "Sites and measure", "Output"
 
@@ -196,9 +199,9 @@ def choose_grid(
                 "--tasks; use one or the other."
             )
         return Grid.single(persona, task)
-    return Grid.load(grid or "short").select(split_names(personas), split_names(tasks))
+    loaded = Grid.load("short" if grid is None else grid)
+    return loaded.select(_names(personas), _names(tasks))
 
 
-def split_names(text: str | None) -> list[str] | None:
-    """Names with commas between them, as a list; None stays None."""
+def _names(text: str | None) -> list[str] | None:
     return None if text is None else [key.strip() for key in text.split(",")]

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -25,12 +26,10 @@ if TYPE_CHECKING:
 
 
 def run_experiment(
-    command: str,
     *,
     grid: Grid,
     load: dict[str, Any],
     make_plan: Callable[[Model], Plan],
-    experiment: Callable[[Model, Callable[[int, int], None]], Result],
     show: Callable[[Result], RenderableType],
     out: Path | None,
     as_json: bool,
@@ -39,12 +38,12 @@ def run_experiment(
 ) -> None:
     """Run one experiment from options to files, or with `dry_run` print its plan.
 
+    Everything that can be refused is refused before weights are downloaded or loaded.
+
     Args:
-        command: the command's name.
         grid: the cells.
         load: arguments of `persona_nnsight.load_model`.
-        make_plan: the experiment's plan for a model with or without weights.
-        experiment: runs it, reporting progress.
+        make_plan: the experiment's plan for a model without weights.
         show: the result for the terminal.
         out: the run directory, or None for the default.
         as_json: standard output holds one JSON object and nothing else.
@@ -57,7 +56,7 @@ def run_experiment(
         check_free(out)
     _quiet_libraries(verbose)
 
-    from persona_nnsight.experiments import Interrupted
+    from persona_nnsight.experiments import Interrupted, execute
     from persona_nnsight.models import load_model
 
     with spinner("Loading the model") as stop:
@@ -66,29 +65,33 @@ def run_experiment(
             stop()  # downloads show progress bars of their own
             note_step(step)
 
-        model = load_model(**load, weights=not dry_run, notify=notify)
-        plan = make_plan(model)
-    if dry_run or verbose:
-        _show_plan(command, model, grid, plan, as_json=as_json and dry_run, on_stdout=dry_run)
-    if dry_run:
-        return
-    slug = model.weights.slug
+        skeleton = load_model(**load, weights=False, fetch=not dry_run, notify=notify)
+        plan = make_plan(skeleton)
+        if dry_run or verbose:
+            stop()
+            _show_plan(skeleton, grid, plan, as_json=as_json, on_stdout=dry_run)
+        if dry_run:
+            return
+        if out is None:
+            out = default_directory(plan.command, skeleton.weights.slug, grid.name)
+            check_free(out)
+        model = load_model(**load, notify=notify)
     interrupted = False
     try:
-        with _progress_bar(command) as progress:
-            result = experiment(model, progress)
-    except Interrupted as stop:
+        with _progress_bar(plan.command) as progress:
+            result = execute(model, grid, plan, progress)
+    except Interrupted as stopped:
         interrupted = True
-        if stop.result is None:
+        if stopped.result is None:
             notes.print("Interrupted before anything was finished; nothing was written.")
             raise typer.Exit(130) from None
-        result = stop.result
-    directory = result.save(out or default_directory(command, slug, grid.name))
+        result = stopped.result
+    result.save(out)
     if as_json:
-        print(json.dumps(_summary(result, directory), indent=1, ensure_ascii=False))
+        print(json.dumps(_summary(result, out), indent=1, ensure_ascii=False))
     else:
         output().print(show(result))
-        _show_files(directory)
+        _show_files(out)
     if verbose:
         first, total = result.seconds["first_cells_recorded"], result.seconds["total"]
         notes.print(f"first cells recorded after {first:.1f} s, all done after {total:.1f} s")
@@ -124,17 +127,15 @@ def _progress_bar(command: str) -> Iterator[Callable[[int, int], None]]:
         yield lambda done, total: bar.update(task, completed=done, total=total)
 
 
-def _show_plan(
-    command: str, model: Model, grid: Grid, plan: Plan, *, as_json: bool, on_stdout: bool
-) -> None:
+def _show_plan(model: Model, grid: Grid, plan: Plan, *, as_json: bool, on_stdout: bool) -> None:
     from persona_nnsight.costs import estimate, fit_limits
     from persona_nnsight.weights.model_files import human_size
 
     limits = fit_limits(plan, model)
     cost = estimate(plan, model, limits)
-    if as_json:
+    if as_json and on_stdout:
         summary = {
-            "command": command,
+            "command": plan.command,
             "model": model.weights.model_id,
             "grid": grid.name,
             "layers": plan.layers,
@@ -168,7 +169,7 @@ def _show_plan(
 def _summary(result: Result, directory: Path) -> dict[str, Any]:
     """What ``--json`` prints."""
     return {
-        "command": result.command,
+        "command": result.plan.command,
         "model": result.model.weights.model_id,
         "grid": result.grid.name,
         "complete": result.complete,
@@ -192,9 +193,9 @@ def _show_files(directory: Path) -> None:
 
 def percent(value: float) -> str:
     """A share for the terminal: ``89 %``, or a dash where there is none."""
-    return "-" if value != value else f"{round(100 * value) + 0} %"
+    return f"{round(100 * value)} %" if math.isfinite(value) else "-"
 
 
 def fixed(value: float) -> str:
     """A number for the terminal, to three decimals; a dash where there is none."""
-    return "-" if value != value else f"{round(value, 3) + 0.0:.3f}"
+    return f"{round(value, 3) + 0.0:.3f}" if math.isfinite(value) else "-"

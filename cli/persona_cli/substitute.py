@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 from rich.console import RenderableType
@@ -12,6 +12,7 @@ from rich.table import Table
 from persona_cli import options as o
 from persona_cli.console import titled
 from persona_cli.running import fixed, percent, run_experiment
+from persona_nnsight.conditions import SUBSTITUTE_CONDITIONS
 from persona_nnsight.sites import DEFAULT_LAYERS, DEFAULT_POSITIONS
 
 if TYPE_CHECKING:
@@ -19,7 +20,7 @@ if TYPE_CHECKING:
 
 
 def substitute(
-    model: o.ModelSpec = "smollm2-135m",
+    model: o.ModelSpec = o.DEFAULT_MODEL,
     revision: o.Revision = None,
     dtype: o.Dtype = "auto",
     device: o.Device = "auto",
@@ -35,8 +36,7 @@ def substitute(
         str | None,
         typer.Option(
             metavar="NAMES",
-            help="additive, remove_x, remove_y, and the controls bb, by, xb, other_x, random, "
-            "clean.",
+            help=f"What to write, with commas between: {', '.join(SUBSTITUTE_CONDITIONS)}.",
             show_default="all",
             rich_help_panel="Sites and measure",
         ),
@@ -68,16 +68,7 @@ def substitute(
     from persona_nnsight import experiments
 
     cells = o.choose_grid(grid, personas, tasks, persona, task)
-    asked: dict[str, Any] = {
-        "layers": layers,
-        "positions": positions,
-        "conditions": o.split_names(conditions),
-        "window": window,
-        "generate": generate,
-        "seed": seed,
-    }
     run_experiment(
-        "substitute",
         grid=cells,
         load={
             "spec": model,
@@ -86,9 +77,15 @@ def substitute(
             "device": device,
             "attn": attn,
         },
-        make_plan=lambda loaded: experiments.plan_substitute(loaded, cells, **asked),
-        experiment=lambda loaded, progress: experiments.substitute(
-            loaded, cells, **asked, progress=progress
+        make_plan=lambda skeleton: experiments.plan_substitute(
+            skeleton,
+            cells,
+            layers=layers,
+            positions=positions,
+            conditions=conditions,
+            window=window,
+            generate=generate,
+            seed=seed,
         ),
         show=_table,
         out=out,

@@ -17,8 +17,8 @@ A plan runs in chunks of cells, each in steps, one file a step:
 Rows of different cells and conditions share batches: padding stands on the left, positions are
 explicit, and no cache is ever cropped, so sliding-window caches need no special case.
 
-The engine runs as it is on a remote server: it imports torch, nnsight, transformers and the
-plain-data modules of this package, and returns small things.
+The engine is meant to run as it is on a remote server: it imports torch, nnsight, transformers and
+the plain-data modules of this package, and returns small things.
 """
 
 from __future__ import annotations

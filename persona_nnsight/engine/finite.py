@@ -1,25 +1,68 @@
-"""What to say when a value overflows or is not a number."""
+"""Values that overflow or are not numbers: where they come from, and what to say."""
 
 from __future__ import annotations
 
+import nnsight
 import torch
+from torch import Tensor
 
+from persona_nnsight.engine.inputs import continuation_inputs
+from persona_nnsight.engine.prefill import Chunk
 from persona_nnsight.errors import PersonaError
-from persona_nnsight.plan import CellPlan
 
 
-def residual_of(key: str, cell: CellPlan) -> str:
-    """How an error names the residuals of one prompt."""
-    return f"The residual of the {key} prompt of cell {cell.persona}/{cell.task}"
-
-
-def not_finite(what: str, layer: int, position: str, dtype: torch.dtype) -> PersonaError:
+def not_finite(what: str, where: str, dtype: torch.dtype) -> PersonaError:
     """The error, with the dtype to use instead: bfloat16 has the range of float32."""
     name = str(dtype).removeprefix("torch.")
     if dtype == torch.float32:
         way_out = "check the weights, which overflow in every dtype"
     else:
         way_out = f"use --dtype {'float32' if dtype == torch.bfloat16 else 'bfloat16'}"
-    return PersonaError(
-        f"{what} is not finite at layer {layer}, position {position} in {name}; {way_out}."
+    return PersonaError(f"{what} is not finite {where} in {name}; {way_out}.")
+
+
+def residual_not_finite(
+    chunk: Chunk, key: str, cell: int, layer: int, position: str
+) -> PersonaError:
+    """The error for a residual of one prompt of the chunk's `cell`."""
+    what = f"The residual of the {key} prompt of cell {_name(chunk, cell)}"
+    return not_finite(what, f"at layer {layer}, position {position}", chunk.dtype)
+
+
+def output_not_finite(chunk: Chunk, key: str, cell: int, continuations: Tensor) -> PersonaError:
+    """The error for logits of an unedited run: finds the residual they overflowed in.
+
+    Args:
+        chunk: the chunk.
+        key: the prompt.
+        cell: the cell within the chunk.
+        continuations: the tokens that follow its prompts, int [cells, n].
+    """
+    lm, layers = chunk.lm, chunk.layers
+    rows = chunk.rows([chunk.cells[cell].prompts[key]])
+    fed = chunk.plan.tail + continuations.shape[1] - 1
+    with lm.trace(**continuation_inputs(chunk, rows, continuations[cell : cell + 1], fed)):
+        finite = nnsight.save([])
+        for envoy in layers:
+            finite.append(envoy.input[0].isfinite().all(-1))
+    for layer, row in enumerate(finite):
+        if not row.all():
+            k = int((~row).int().argmax()) - chunk.plan.tail + 1
+            position = f"g{k}" if k > 0 else "p_last" if k == 0 else "before p_last"
+            return residual_not_finite(chunk, key, cell, layer, position)
+    what = f"The output of the {key} prompt of cell {_name(chunk, cell)}"
+    return not_finite(what, f"after layer {len(finite) - 1}", chunk.dtype)
+
+
+def edited_not_finite(chunk: Chunk, cell: int, edit: int) -> PersonaError:
+    """The error for logits of an edited run."""
+    chosen = chunk.plan.edits[edit]
+    what = f"The output of cell {_name(chunk, cell)} under {chosen.condition!r}"
+    layers = "+".join(map(str, chosen.layers))
+    return not_finite(
+        what, f"after the edit at layer {layers}, position {chosen.position}", chunk.dtype
     )
+
+
+def _name(chunk: Chunk, cell: int) -> str:
+    return f"{chunk.cells[cell].persona}/{chunk.cells[cell].task}"

@@ -14,7 +14,7 @@ from transformers.cache_utils import DynamicCache, DynamicLayer, LinearAttention
 
 from persona_nnsight.errors import PersonaError
 from persona_nnsight.module_tree import ModuleTree
-from persona_nnsight.plan import CellPlan, Plan, unique_prompts
+from persona_nnsight.plan import CellPlan, Plan, unique_prompts, user_last
 
 
 @dataclass(frozen=True)
@@ -67,7 +67,7 @@ class Chunk:
             return torch.full((len(prompts),), tail - 1, device=self.lm.device)
         chosen = [self.plan.prompts[prompt] for prompt in prompts]
         return torch.tensor(
-            [prompt.user_last - (len(prompt.ids) - tail) for prompt in chosen],
+            [user_last(prompt) - (len(prompt.ids) - tail) for prompt in chosen],
             device=self.lm.device,
         )
 
@@ -127,8 +127,3 @@ def select_rows(cache: DynamicCache, rows: Tensor, first_layer: int = 0) -> Dyna
 def position_ids(mask: Tensor) -> Tensor:
     """Positions that leave padding out of the count, int like `mask`."""
     return (mask.cumsum(-1) - 1).clamp(min=0)
-
-
-def grown_mask(mask: Tensor, n: int) -> Tensor:
-    """`mask` with `n` more tokens to attend to."""
-    return torch.cat([mask, mask.new_ones(len(mask), n)], dim=1)

@@ -8,10 +8,10 @@ import nnsight
 import torch
 from torch import Tensor
 
-from persona_nnsight.engine.finite import not_finite, residual_of
-from persona_nnsight.engine.greedy import GREEDY, cut_rows, lengths_to_eos, prompt_inputs
-from persona_nnsight.engine.prefill import Chunk, grown_mask, select_rows
-from persona_nnsight.interventions import RESIDUAL_KEYS
+from persona_nnsight.conditions import RESIDUAL_KEYS
+from persona_nnsight.engine.finite import output_not_finite, residual_not_finite
+from persona_nnsight.engine.inputs import GREEDY, grown_mask, prompt_inputs
+from persona_nnsight.engine.prefill import Chunk, select_rows
 from persona_nnsight.plan import Plan
 from persona_nnsight.sites import generated_index
 
@@ -44,7 +44,7 @@ def record(chunk: Chunk) -> Record:
     """Decode XY's continuation, and read every asked site of all conditions on the way.
 
     Raises:
-        PersonaError: a residual that is not finite.
+        PersonaError: a residual or an output that is not finite.
     """
     lm, plan, layers = chunk.lm, chunk.plan, chunk.layers
     keys = ["XY", *(key for key in plan.roles if key != "XY")]
@@ -61,6 +61,7 @@ def record(chunk: Chunk) -> Record:
     inputs = prompt_inputs(chunk, rows, steps)
     with lm.generate(**inputs) as tracer:
         reads = nnsight.save([])
+        broken = nnsight.save([])
         for step in tracer.iter[:steps]:
             # The forward of step k feeds the k-th generated token; step 0 feeds the tails.
             names = [name for name in plan.positions if generated_index(name) == step]
@@ -71,6 +72,7 @@ def record(chunk: Chunk) -> Record:
                     read = hidden[every.to(hidden.device), where]
                     reads.append((name, layer, read.float().to(lm.device)))
             logits = lm.output.logits
+            broken.append(_overflowed(logits[:n_cells, -1]))
             logits[n_cells:, -1] = logits[:n_cells, -1].repeat(n_keys - 1, 1)
         ids = nnsight.save(tracer.result)
     continuations = ids[:n_cells, -steps:]
@@ -85,7 +87,11 @@ def record(chunk: Chunk) -> Record:
             pad_token_id=plan.pad_id,
             **GREEDY,
         ) as tracer:
+            broken_later = nnsight.save([])
+            for _ in tracer.iter[: plan.window - 1]:
+                broken_later.append(_overflowed(lm.output.logits[:, -1]))
             more = nnsight.save(tracer.result)
+        broken = [*broken, *broken_later]
         continuations = torch.cat([continuations, more[:, -(plan.window - 1) :]], dim=1)
     found = {(name, layer): read for name, layer, read in reads}
     sites = [found[name, layer] for name in plan.positions for layer in plan.layers]
@@ -97,7 +103,7 @@ def record(chunk: Chunk) -> Record:
         continuations=continuations,
         lengths=lengths_to_eos(continuations, plan.eos_ids),
     )
-    _check_finite(chunk, recorded)
+    _check_finite(chunk, recorded, torch.stack(list(broken), dim=1))
     return recorded
 
 
@@ -109,12 +115,38 @@ def public_residuals(chunk: Chunk, recorded: Record) -> dict[str, Tensor]:
     }
 
 
-def _check_finite(chunk: Chunk, recorded: Record) -> None:
+def _check_finite(chunk: Chunk, recorded: Record, broken: Tensor) -> None:
+    """Refuse residuals that are not finite, and continuations from logits that overflowed.
+
+    `broken` says which logits are: bool [cells, reference_tokens].
+    """
     plan = chunk.plan
     exists = recorded.reaches(plan)[:, :, None]
     for key, value in recorded.residuals.items():
         bad = (~value.isfinite().all(-1) & exists).nonzero()
         if len(bad):
             cell, position, layer = bad[0].tolist()
-            what = residual_of(key, chunk.cells[cell])
-            raise not_finite(what, plan.layers[layer], plan.positions[position], chunk.dtype)
+            layer, name = plan.layers[layer], plan.positions[position]
+            raise residual_not_finite(chunk, key, cell, layer, name)
+    for cell, length in enumerate(recorded.lengths.tolist()):
+        if broken[cell, :length].any():
+            raise output_not_finite(chunk, "XY", cell, recorded.continuations)
+
+
+def _overflowed(logits: Tensor) -> Tensor:
+    """Whether a row holds NaN or +inf (-inf is how models forbid a token), bool [rows]."""
+    return (~(logits < torch.inf)).any(-1)
+
+
+def lengths_to_eos(tokens: Tensor, eos_ids: tuple[int, ...]) -> Tensor:
+    """Tokens of each row up to and including the first end-of-sequence token, int [rows]."""
+    eos = torch.tensor(eos_ids, dtype=tokens.dtype, device=tokens.device)
+    ended = torch.isin(tokens, eos)
+    full = torch.full((len(ended),), ended.shape[1], device=ended.device)
+    return torch.where(ended.any(1), ended.int().argmax(1) + 1, full)
+
+
+def cut_rows(tokens: Tensor, lengths: Tensor) -> tuple[tuple[int, ...], ...]:
+    """The first `lengths` tokens of every row, as plain numbers."""
+    pairs = zip(tokens.tolist(), lengths.tolist(), strict=True)
+    return tuple(tuple(row[:length]) for row, length in pairs)

@@ -10,8 +10,9 @@ import torch
 from torch import Tensor
 
 from persona_nnsight.costs import fed_tokens
-from persona_nnsight.engine.extend import HostRun, continuation_inputs, entry_layer
-from persona_nnsight.engine.finite import not_finite
+from persona_nnsight.engine.extend import HostRun, entry_layer
+from persona_nnsight.engine.finite import edited_not_finite
+from persona_nnsight.engine.inputs import continuation_inputs
 from persona_nnsight.engine.prefill import Chunk
 from persona_nnsight.engine.record import Record
 from persona_nnsight.interventions import edit_vector, seeded_noise
@@ -68,17 +69,12 @@ def score(
             hidden = layers[layer].input
             where = (in_batch.to(hidden.device), offset.to(hidden.device))
             hidden[where] = vector.to(hidden.device, hidden.dtype)
-        expected = clean[of_cell, k : k + plan.window]
+        expected = clean[of_cell.to(clean.device), k : k + plan.window]
         kl = nnsight.save(window_kl(expected, lm.output.logits, n_tokens))
     results = list(zip(kl.tolist(), n_tokens.tolist(), strict=True))
     for (cell, index), (value, count) in zip(batch, results, strict=True):
         if count and not math.isfinite(value):
-            where_from = chunk.cells[cell]
-            what = (
-                f"The output of cell {where_from.persona}/{where_from.task} under "
-                f"{plan.edits[index].condition!r}"
-            )
-            raise not_finite(what, entry, edit.position, chunk.dtype)
+            raise edited_not_finite(chunk, cell, index)
     return results
 
 

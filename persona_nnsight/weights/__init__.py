@@ -91,7 +91,7 @@ def resolve(
     Args:
         spec: An alias, a GGUF file, a model directory or a hub id.
         revision: Branch, tag or commit; for hub ids only.
-        fetch: Whether to download what this machine does not have.
+        fetch: Whether weights may be downloaded, or converted, for this.
         weights: False asks for config and tokenizer only, as a dry run does; it spares the
             download of a hub model's weights, and a directory needs none.
         notify: Called with one line at the start of each slow step.
@@ -111,7 +111,7 @@ def resolve(
     if path.is_dir():
         return _from_directory(spec, path, weights=weights)
     if path.is_file():
-        return _from_gguf(spec, path, notify=tell)
+        return _from_gguf(spec, path, fetch=fetch, notify=tell)
     raise PersonaError(f"No such file or directory: {spec!r}; a model is {FORMS}.")
 
 
@@ -119,7 +119,10 @@ def _is_path(spec: str, path: Path) -> bool:
     """Tell whether `spec` exists as a path, or could not be meant as anything else."""
     looks = spec.startswith((".", "~", "/")) or spec.endswith((".gguf", "/", os.sep))
     nested = spec.count("/") > 1 or (os.sep != "/" and os.sep in spec)
-    return bool(spec) and (looks or nested or path.exists())
+    try:
+        return bool(spec) and (looks or nested or path.exists())
+    except OSError:  # a name that is too long to be one
+        return False
 
 
 def _from_embedded(spec: str, *, fetch: bool, notify: Callable[[str], None]) -> Weights:
@@ -128,7 +131,7 @@ def _from_embedded(spec: str, *, fetch: bool, notify: Callable[[str], None]) -> 
     return Weights(spec, str(path), spec, model_files.slug(spec), sha256=embedded.GGUF_SHA256)
 
 
-def _from_gguf(spec: str, path: Path, *, notify: Callable[[str], None]) -> Weights:
+def _from_gguf(spec: str, path: Path, *, fetch: bool, notify: Callable[[str], None]) -> Weights:
     """Resolve a GGUF file, converting it the first time its content is met."""
     with path.open("rb") as file:
         magic = file.read(4)
@@ -138,6 +141,10 @@ def _from_gguf(spec: str, path: Path, *, notify: Callable[[str], None]) -> Weigh
     digest = model_files.file_sha256(path)
     record = {"id": path.name, "source": path.name, "gguf_sha256": digest}
     target = _models_dir() / f"gguf-{digest[:12]}"
+    if not fetch and not gguf_convert.read_marker(target):
+        raise PersonaError(
+            f"{spec!r} has not been converted on this machine; run `persona models pull {spec}`."
+        )
     gguf_convert.convert(path, target, record=record, notify=notify)
     return Weights(spec, str(target), path.name, model_files.slug(path.name), sha256=digest)
 
@@ -169,7 +176,9 @@ def _from_hub(
     """Resolve what can only be a hub id."""
     if not hub.is_id(spec):
         raise PersonaError(f"{spec!r} is no model; {_suggestion(spec)}a model is {FORMS}.")
-    path = hub.snapshot(spec, revision=revision, fetch=fetch, weights=weights, notify=notify)
+    path = hub.snapshot(
+        spec, revision=revision, fetch=fetch or not weights, weights=weights, notify=notify
+    )
     return Weights(spec, str(path), spec, model_files.slug(spec), revision=path.name)
 
 

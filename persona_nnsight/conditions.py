@@ -1,0 +1,29 @@
+"""The names of the conditions, and what each of them writes."""
+
+from __future__ import annotations
+
+#: Conditions of `substitute`: written at one site of the XY run.
+SUBSTITUTE_CONDITIONS = {
+    "additive": "h_BB + Δ_X + Δ_Y, the paper's substitution",
+    "remove_x": "h_XY - Δ_X, the persona's effect taken out",
+    "remove_y": "h_XY - Δ_Y, the task's effect taken out",
+    "bb": "h_BB, neither persona nor task (control)",
+    "by": "h_BY, the task alone (control)",
+    "xb": "h_XB, the persona alone (control)",
+    "other_x": "h_BB + Δ_X' + Δ_Y with another persona X' (control)",
+    "random": "h_BB + a random vector as long as Δ_XY (control)",
+    "clean": "h_XY itself; its KL is the numerical floor (control)",
+}
+
+#: The condition of `inject` that writes nothing: the persona-free prompt as it is.
+HOST = "host"
+
+#: Conditions of `inject`: written into the BY host, the prompt without its persona.
+INJECT_CONDITIONS = {
+    "oracle": "h_XY, the residual of the prompt with its persona",
+    "cached": "h_BB + Δ_X + Δ_Y, what a cache of persona and task effects would hold",
+}
+
+#: Prompts whose residuals the formulas read; OB is the prompt of the other persona X' (`other_x`).
+RESIDUAL_KEYS = ("BB", "XB", "BY", "XY")
+DONOR_KEY = "OB"
