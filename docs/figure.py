@@ -2,9 +2,9 @@
 
     python docs/figure.py outputs/substitute-smollm2-135m-short-1
 
-writes ``kl_by_layer.svg`` and ``kl_by_layer.png`` next to this file: one panel per position, the
-additive vector with its quartiles, and two controls behind it. The run needs the conditions
-``additive``, ``bb`` and ``by``.
+writes ``kl_by_layer.svg`` next to this file: one panel per position, the additive vector with its
+quartiles, and two controls behind it. The run needs the conditions ``additive``, ``bb`` and ``by``.
+The plotted numbers stand in the file's description, as text.
 """
 
 from __future__ import annotations
@@ -114,8 +114,8 @@ def label_lines(axes: Axes, kl: dict[str, pd.DataFrame]) -> None:
     )
 
 
-def draw(run: Path, into: Path) -> list[Path]:
-    """Draw the run directory `run` and return the files written to the directory `into`."""
+def draw(run: Path, into: Path) -> Path:
+    """Draw the run directory `run` and return the file written to the directory `into`."""
     cells = pd.read_csv(run / "kl.csv")
     window = cells["n_tokens"].max()
     table = quartiles(cells)
@@ -133,9 +133,11 @@ def draw(run: Path, into: Path) -> list[Path]:
         label_lines(panels[0][-1], kl)
         panels[0][0].set_ylabel(f"KL over {window} tokens, nats")
         figure.tight_layout(w_pad=1.6)
-        written = [into / f"kl_by_layer.{suffix}" for suffix in ("svg", "png")]
-        figure.savefig(written[0], metadata={"Date": None}, bbox_inches="tight")
-        figure.savefig(written[1], dpi=150, bbox_inches="tight")
+        written = into / "kl_by_layer.svg"
+        numbers = table.loc[list(LINES)].round(4).to_csv(float_format="%.4f", lineterminator="; ")
+        figure.savefig(
+            written, metadata={"Date": None, "Description": numbers}, bbox_inches="tight"
+        )
         plt.close(figure)
     return written
 
@@ -146,8 +148,7 @@ def main() -> None:
     parser.add_argument("run", type=Path, help="run directory of a persona substitute")
     parser.add_argument("--into", type=Path, default=Path(__file__).parent, help="output directory")
     arguments = parser.parse_args()
-    for path in draw(arguments.run, arguments.into):
-        print(path)
+    print(draw(arguments.run, arguments.into))
 
 
 if __name__ == "__main__":

@@ -19,6 +19,7 @@ if TYPE_CHECKING:
     from persona_nnsight.grids import Cell, Grid, Persona, Task
     from persona_nnsight.models import Model, load_model
     from persona_nnsight.results import CaptureResult, EditResult
+    from persona_nnsight.runs import read_table
 
 __all__ = [
     "CaptureResult",
@@ -33,6 +34,7 @@ __all__ = [
     "capture",
     "inject",
     "load_model",
+    "read_table",
     "substitute",
 ]
 
@@ -42,6 +44,7 @@ _HOME = {
     **dict.fromkeys(("Cell", "Grid", "Persona", "Task"), "grids"),
     **dict.fromkeys(("Model", "load_model"), "models"),
     **dict.fromkeys(("CaptureResult", "EditResult"), "results"),
+    "read_table": "runs",
 }
 
 

@@ -31,6 +31,8 @@ from typing import TYPE_CHECKING, Any
 from persona_nnsight.errors import PersonaError
 
 if TYPE_CHECKING:
+    import pandas as pd
+
     from persona_nnsight.results import CaptureResult, Result
 
 #: Version of the layout of ``run.json``.
@@ -142,6 +144,28 @@ def _axes(result: CaptureResult) -> dict[str, str]:
         "layers": plan.layers,
     }
     return {name: json.dumps(labels) for name, labels in axes.items()}
+
+
+def read_table(path: str | Path) -> pd.DataFrame:
+    """Read a table of a run directory with the types it was written with.
+
+    pandas alone reads ``layers`` as numbers where every edit has one layer, and a persona whose
+    key is ``NA`` as missing.
+    """
+    import pandas as pd
+
+    with open(path, encoding="utf-8") as file:
+        columns = file.readline().rstrip("\n").split(",")
+    text = [name for name in columns if name in _TEXT_COLUMNS]
+    return pd.read_csv(
+        path,
+        dtype=dict.fromkeys(text, "str"),
+        keep_default_na=False,
+        na_values={name: [""] for name in columns if name not in _TEXT_COLUMNS},
+    )
+
+
+_TEXT_COLUMNS = ("persona", "task", "condition", "position", "layers")
 
 
 def run_manifest(result: Result) -> dict[str, Any]:

@@ -20,7 +20,7 @@ from persona_cli.app import main
 from safetensors import safe_open
 from safetensors.torch import load_file
 
-from persona_nnsight import Grid, Model, capture, inject, substitute
+from persona_nnsight import Grid, Model, capture, inject, read_table, substitute
 from persona_nnsight.conditions import SUBSTITUTE_CONDITIONS
 from persona_nnsight.costs import Limits
 from persona_nnsight.engine import Event, run
@@ -169,6 +169,9 @@ def test_inject(persona: Persona, tiny_dir: TinyDir, tiny: Callable[..., Model])
         tiny("llama"), TINY_GRID.select(["yoda", "marx"], ["haiku"]), layers="2-4", each=True
     )
     pd.testing.assert_frame_equal(table, library.frame(), check_dtype=False)
+    pd.testing.assert_frame_equal(
+        read_table(Path(report["out"]) / "kl.csv"), library.frame(), check_exact=False
+    )
     assert [line["layers"] for line in report["summary"]] == list(library.summary()["layers"])
 
 

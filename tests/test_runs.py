@@ -5,9 +5,10 @@ from __future__ import annotations
 import os
 from pathlib import Path
 
+import pandas as pd
 import pytest
 
-from persona_nnsight import PersonaError
+from persona_nnsight import PersonaError, read_table
 from persona_nnsight.runs import check_free, default_directory
 
 
@@ -42,6 +43,20 @@ def test_what_is_taken(tmp_path: Path) -> None:
     ):
         with pytest.raises(PersonaError, match=says):
             check_free(tmp_path / name)
+
+
+def test_tables_come_back_with_their_types(tmp_path: Path) -> None:
+    table = pd.DataFrame(
+        {
+            "persona": ["NA", "007"],
+            "task": ["null", "x,y"],
+            "layers": ["14", "2"],
+            "kl": [0.1234567890123, float("nan")],
+            "n_tokens": [10, 0],
+        }
+    )
+    table.to_csv(tmp_path / "kl.csv", index=False)
+    pd.testing.assert_frame_equal(read_table(tmp_path / "kl.csv"), table)
 
 
 @pytest.mark.skipif(os.geteuid() == 0, reason="root may write anywhere")
