@@ -2,10 +2,15 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
+import json
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from safetensors.torch import save_file
+
+from persona_nnsight.manifest import run_manifest
+from persona_nnsight.runs import save_run
 from persona_nnsight.tables import geometry_summary, geometry_table, kl_summary, kl_table
 
 if TYPE_CHECKING:
@@ -65,9 +70,20 @@ class Result:
         Raises:
             PersonaError: the directory already holds something, or cannot be written.
         """
-        from persona_nnsight.runs import save_run
+        return save_run(Path(directory), self._write_files)
 
-        return save_run(self, Path(directory))
+    def _write_files(self, directory: Path) -> None:
+        manifest = run_manifest(
+            model=self.model,
+            grid=self.grid,
+            plan=self.plan,
+            cost=self.cost,
+            continuations=self.continuations,
+            seconds=self.seconds,
+            complete=self.complete,
+        )
+        text = json.dumps(manifest, indent=1, ensure_ascii=False)
+        (directory / "run.json").write_text(text + "\n", encoding="utf-8")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -91,6 +107,18 @@ class CaptureResult(Result):
         """Median geometry per site."""
         return geometry_summary(self.frame())
 
+    def _write_files(self, directory: Path) -> None:
+        tensors = {f"h_{key}": value.contiguous() for key, value in self.residuals.items()}
+        axes = {
+            "cells": [[self.plan.cells[i].persona, self.plan.cells[i].task] for i in self.cells],
+            "positions": self.plan.positions,
+            "layers": self.plan.layers,
+        }
+        labels = {name: json.dumps(values) for name, values in axes.items()}
+        save_file(tensors, directory / "residuals.safetensors", metadata=labels)
+        self.frame().to_csv(directory / "geometry.csv", index=False)
+        super()._write_files(directory)
+
 
 @dataclass(frozen=True, kw_only=True)
 class EditResult(Result):
@@ -106,3 +134,12 @@ class EditResult(Result):
     def summary(self) -> pd.DataFrame:
         """KL over cells per edit (`persona_nnsight.tables.kl_summary`)."""
         return kl_summary(self.frame())
+
+    def _write_files(self, directory: Path) -> None:
+        self.frame().to_csv(directory / "kl.csv", index=False)
+        self.summary().to_csv(directory / "summary.csv", index=False)
+        if self.texts:
+            lines = (json.dumps(asdict(text), ensure_ascii=False) for text in self.texts)
+            text = "\n".join(lines) + "\n"
+            (directory / "text.jsonl").write_text(text, encoding="utf-8")
+        super()._write_files(directory)

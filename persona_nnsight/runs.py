@@ -16,29 +16,19 @@ last: a directory that holds it holds a whole run.
 
 from __future__ import annotations
 
-import json
 import os
-import platform
 import shutil
-import sys
 import tempfile
-from dataclasses import asdict
-from datetime import datetime, timezone
-from importlib.metadata import version
+from collections.abc import Callable
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 from persona_nnsight.errors import PersonaError
 
 if TYPE_CHECKING:
     import pandas as pd
 
-    from persona_nnsight.results import CaptureResult, Result
-
-#: Version of the layout of ``run.json``.
-FORMAT = 1
-
-_LIBRARIES = ("persona-nnsight", "nnsight", "torch", "transformers", "numpy", "pandas")
+_TEXT_COLUMNS = ("persona", "task", "condition", "position", "layers")
 
 
 def check_free(directory: Path) -> None:
@@ -88,8 +78,12 @@ def default_directory(command: str, model: str, grid: str, root: Path = Path("ou
     return directory
 
 
-def save_run(result: Result, directory: Path) -> Path:
-    """Write `result` as a run directory and return its path.
+def save_run(directory: Path, write_files: Callable[[Path], None]) -> Path:
+    """Make `directory` a run directory and return it.
+
+    Args:
+        directory: where the run goes.
+        write_files: writes all files of the run into the directory it is given.
 
     Raises:
         PersonaError: the directory already holds something, or cannot be written.
@@ -100,7 +94,7 @@ def save_run(result: Result, directory: Path) -> Path:
     try:
         directory.mkdir(parents=True, exist_ok=True)
         with tempfile.TemporaryDirectory(prefix=".partial-", dir=directory) as partial:
-            _write_files(result, Path(partial))
+            write_files(Path(partial))
             # run.json last: a directory that has it has everything.
             for name in sorted(os.listdir(partial), key=lambda name: name == "run.json"):
                 moved.append(directory / name)
@@ -114,36 +108,6 @@ def save_run(result: Result, directory: Path) -> Path:
             raise _unwritable(directory, error) from error
         raise
     return directory
-
-
-def _write_files(result: Result, directory: Path) -> None:
-    from safetensors.torch import save_file
-
-    from persona_nnsight.results import CaptureResult, EditResult
-
-    if isinstance(result, CaptureResult):
-        tensors = {f"h_{key}": value.contiguous() for key, value in result.residuals.items()}
-        save_file(tensors, directory / "residuals.safetensors", metadata=_axes(result))
-        result.frame().to_csv(directory / "geometry.csv", index=False)
-    if isinstance(result, EditResult):
-        result.frame().to_csv(directory / "kl.csv", index=False)
-        result.summary().to_csv(directory / "summary.csv", index=False)
-        if result.texts:
-            lines = (json.dumps(asdict(text), ensure_ascii=False) for text in result.texts)
-            (directory / "text.jsonl").write_text("\n".join(lines) + "\n", encoding="utf-8")
-    manifest = json.dumps(run_manifest(result), indent=1, ensure_ascii=False)
-    (directory / "run.json").write_text(manifest + "\n", encoding="utf-8")
-
-
-def _axes(result: CaptureResult) -> dict[str, str]:
-    """What the axes of the residuals stand for, as JSON in the safetensors metadata."""
-    plan = result.plan
-    axes = {
-        "cells": [[plan.cells[cell].persona, plan.cells[cell].task] for cell in result.cells],
-        "positions": plan.positions,
-        "layers": plan.layers,
-    }
-    return {name: json.dumps(labels) for name, labels in axes.items()}
 
 
 def read_table(path: str | Path) -> pd.DataFrame:
@@ -163,76 +127,3 @@ def read_table(path: str | Path) -> pd.DataFrame:
         keep_default_na=False,
         na_values={name: [""] for name in columns if name not in _TEXT_COLUMNS},
     )
-
-
-_TEXT_COLUMNS = ("persona", "task", "condition", "position", "layers")
-
-
-def run_manifest(result: Result) -> dict[str, Any]:
-    """The content of ``run.json``: what ran, on what, with which inputs, and how long it took."""
-    model, plan = result.model, result.plan
-    return {
-        "format": FORMAT,
-        "command": plan.command,
-        "argv": sys.argv[1:] if Path(sys.argv[0]).stem == "persona" else None,
-        "arguments": {
-            "layers": plan.layers,
-            "positions": plan.positions,
-            "window": plan.window,
-            "conditions": list(dict.fromkeys(edit.condition for edit in plan.edits)),
-            "generate": plan.generate,
-            "seed": plan.seed,
-        },
-        "complete": result.complete,
-        "finished": datetime.now(timezone.utc).isoformat(timespec="seconds"),
-        "model": {
-            "id": model.weights.model_id,
-            "spec": model.weights.spec,
-            "revision": model.weights.revision,
-            "sha256": model.weights.sha256,
-            "dtype": str(model.dtype).removeprefix("torch."),
-            "device": model.device,
-            "attention": model.attention,
-            "n_layers": model.tree.n_layers,
-            "d_model": model.tree.d_model,
-            "n_parameters": model.n_parameters,
-        },
-        "versions": {
-            "python": platform.python_version(),
-            "platform": platform.platform(),
-            **{library: version(library) for library in _LIBRARIES},
-        },
-        "grid": result.grid.to_dict(),
-        "cells": [
-            {
-                "persona": cell.persona,
-                "task": cell.task,
-                "prompts": cell.prompts,
-                "continuation": result.continuations.get(index),
-            }
-            for index, cell in enumerate(plan.cells)
-        ],
-        "prompts": [asdict(prompt) for prompt in plan.prompts],
-        "cost": result.cost.to_dict(),
-        "seconds": {name: round(value, 3) for name, value in result.seconds.items()},
-        "peak_memory_bytes": _peak_memory(model.device),
-    }
-
-
-def _peak_memory(device: str) -> dict[str, int]:
-    """Most memory this process has held: ``host``, and ``gpu`` where there is one."""
-    peak: dict[str, int] = {}
-    if sys.platform == "win32":
-        import psutil
-
-        peak["host"] = psutil.Process().memory_info().peak_wset
-    else:
-        import resource
-
-        unit = 1 if sys.platform == "darwin" else 1024
-        peak["host"] = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit
-    if device.startswith("cuda") or device == "balanced":
-        import torch
-
-        peak["gpu"] = sum(map(torch.cuda.max_memory_allocated, range(torch.cuda.device_count())))
-    return peak

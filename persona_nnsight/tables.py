@@ -3,14 +3,18 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from typing import TYPE_CHECKING
 
 import pandas as pd
-from torch import Tensor
 
-from persona_nnsight.engine import Scored
 from persona_nnsight.geometry import decompose
-from persona_nnsight.plan import Plan
 from persona_nnsight.sites import format_layers
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+    from persona_nnsight.engine import Scored
+    from persona_nnsight.plan import Plan
 
 #: How an edit of no layers (the unedited host of an injection) is written in the layers column.
 NO_LAYERS = "none"

@@ -404,7 +404,7 @@ def test_a_disk_that_is_full(
     def full(*_: object, **__: object) -> None:
         raise OSError(28, "No space left on device")
 
-    monkeypatch.setattr("persona_nnsight.runs.run_manifest", full)
+    monkeypatch.setattr("persona_nnsight.results.run_manifest", full)
     outcome = persona("capture", "-m", tiny_dir("llama"), "-g", "grid.yaml", "-o", "run")
     assert outcome.code == 2
     assert "No space left on device" in outcome.err

@@ -1,0 +1,108 @@
+"""``run.json``: everything needed to say where a run's numbers come from."""
+
+from __future__ import annotations
+
+import platform
+import sys
+from collections.abc import Mapping
+from dataclasses import asdict
+from datetime import datetime, timezone
+from importlib.metadata import version
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from persona_nnsight.costs import Cost
+    from persona_nnsight.grids import Grid
+    from persona_nnsight.models import Model
+    from persona_nnsight.plan import Plan
+
+#: Version of the layout of ``run.json``.
+FORMAT = 1
+
+_LIBRARIES = ("persona-nnsight", "nnsight", "torch", "transformers", "numpy", "pandas")
+
+
+def run_manifest(
+    *,
+    model: Model,
+    grid: Grid,
+    plan: Plan,
+    cost: Cost,
+    continuations: Mapping[int, tuple[int, ...]],
+    seconds: Mapping[str, float],
+    complete: bool,
+) -> dict[str, Any]:
+    """What ran, on what, with which inputs, and how long it took, as JSON-like data.
+
+    Args:
+        model, grid, plan, cost: what ran.
+        continuations: XY's clean greedy token ids by index of the cell in the plan.
+        seconds: wall time by stage.
+        complete: whether the run came to its end.
+    """
+    return {
+        "format": FORMAT,
+        "command": plan.command,
+        "argv": sys.argv[1:] if Path(sys.argv[0]).stem == "persona" else None,
+        "arguments": {
+            "layers": plan.layers,
+            "positions": plan.positions,
+            "window": plan.window,
+            "conditions": list(dict.fromkeys(edit.condition for edit in plan.edits)),
+            "generate": plan.generate,
+            "seed": plan.seed,
+        },
+        "complete": complete,
+        "finished": datetime.now(timezone.utc).isoformat(timespec="seconds"),
+        "model": {
+            "id": model.weights.model_id,
+            "spec": model.weights.spec,
+            "revision": model.weights.revision,
+            "sha256": model.weights.sha256,
+            "dtype": str(model.dtype).removeprefix("torch."),
+            "device": model.device,
+            "attention": model.attention,
+            "n_layers": model.tree.n_layers,
+            "d_model": model.tree.d_model,
+            "n_parameters": model.n_parameters,
+        },
+        "versions": {
+            "python": platform.python_version(),
+            "platform": platform.platform(),
+            **{library: version(library) for library in _LIBRARIES},
+        },
+        "grid": grid.to_dict(),
+        "cells": [
+            {
+                "persona": cell.persona,
+                "task": cell.task,
+                "prompts": cell.prompts,
+                "continuation": continuations.get(index),
+            }
+            for index, cell in enumerate(plan.cells)
+        ],
+        "prompts": [asdict(prompt) for prompt in plan.prompts],
+        "cost": cost.to_dict(),
+        "seconds": {name: round(value, 3) for name, value in seconds.items()},
+        "peak_memory_bytes": _peak_memory(model.device),
+    }
+
+
+def _peak_memory(device: str) -> dict[str, int]:
+    """Most memory this process has held: ``host``, and ``gpu`` where there is one."""
+    peak: dict[str, int] = {}
+    if sys.platform == "win32":
+        import psutil
+
+        peak["host"] = psutil.Process().memory_info().peak_wset
+    else:
+        import resource
+
+        unit = 1 if sys.platform == "darwin" else 1024
+        peak["host"] = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit
+    if device.startswith("cuda") or device == "balanced":
+        import torch
+
+        peak["gpu"] = sum(map(torch.cuda.max_memory_allocated, range(torch.cuda.device_count())))
+    return peak
