@@ -15,7 +15,12 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from persona_nnsight.errors import PersonaError
-    from persona_nnsight.experiments import Interrupted, capture, inject, substitute
+    from persona_nnsight.execution import Interrupted
+    from persona_nnsight.experiments.capture import capture
+    from persona_nnsight.experiments.inject import inject
+    from persona_nnsight.experiments.markers import markers
+    from persona_nnsight.experiments.steer import steer
+    from persona_nnsight.experiments.substitute import substitute
     from persona_nnsight.grids import Cell, Grid, Persona, Task
     from persona_nnsight.models import Model, load_model
     from persona_nnsight.results import CaptureResult, EditResult
@@ -34,13 +39,19 @@ __all__ = [
     "capture",
     "inject",
     "load_model",
+    "markers",
     "read_table",
+    "steer",
     "substitute",
 ]
 
 _HOME = {
     "PersonaError": "errors",
-    **dict.fromkeys(("Interrupted", "capture", "inject", "substitute"), "experiments"),
+    "Interrupted": "execution",
+    **{
+        name: f"experiments.{name}"
+        for name in ("capture", "inject", "markers", "steer", "substitute")
+    },
     **dict.fromkeys(("Cell", "Grid", "Persona", "Task"), "grids"),
     **dict.fromkeys(("Model", "load_model"), "models"),
     **dict.fromkeys(("CaptureResult", "EditResult"), "results"),

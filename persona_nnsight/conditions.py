@@ -24,6 +24,23 @@ INJECT_CONDITIONS = {
     "cached": "h_BB + Δ_X + Δ_Y, what a cache of persona and task effects would hold",
 }
 
+#: The task alone as the user message: no persona, no baseline, nothing written.
+BARE = "bare"
+
+#: Conditions of `markers`: what the text is generated under.
+MARKER_CONDITIONS = {
+    "clean": "the XY prompt as it is",
+    "additive": SUBSTITUTE_CONDITIONS["additive"],
+    "remove_x": SUBSTITUTE_CONDITIONS["remove_x"],
+    BARE: "the task alone as the user message, nothing written (control)",
+}
+
+#: The condition of `steer`: h_BB + α·Δ_X + β·Δ_Y.
+STEER = "steer"
+
 #: Prompts whose residuals the formulas read; OB is the prompt of the other persona X' (`other_x`).
 RESIDUAL_KEYS = ("BB", "XB", "BY", "XY")
 DONOR_KEY = "OB"
+
+#: The prompt of `bare`; no formula reads its residuals.
+TASK_KEY = "Y"

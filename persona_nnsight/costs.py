@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections import Counter
+from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from typing import TYPE_CHECKING
 
@@ -35,7 +36,7 @@ class Cost:
     """The size of a plan.
 
     Attributes:
-        cells, unique_prompts, edits: how many of each; every edit runs on every cell.
+        cells, unique_prompts, edits: how many of each.
         prompt_tokens: tokens of the unique prompts, each prompt once.
         token_forwards: tokens pushed through the model, prompts and continuations, padding left
             out and a token counted once however many layers are skipped.
@@ -57,9 +58,9 @@ class Cost:
         return asdict(self)
 
 
-def fed_tokens(plan: Plan, position: str) -> int:
-    """Tokens of a continuation that an edit at `position` is scored on, its tail included."""
-    return plan.tail + generated_index(position) + plan.window - 1
+def fed_tokens(plan: Plan, positions: Sequence[str]) -> int:
+    """Tokens that an edit is scored on: the tail, and the continuation to the window's end."""
+    return plan.tail + generated_index(positions[0]) + plan.window - 1
 
 
 def fit_limits(plan: Plan, model: Model) -> Limits:
@@ -75,35 +76,35 @@ def fit_limits(plan: Plan, model: Model) -> Limits:
 def estimate(plan: Plan, model: Model, limits: Limits) -> Cost:
     """Count what `plan` computes when it is cut into batches of `limits`."""
     n_cells, n_roles = len(plan.cells), len(plan.roles)
-    sizes = [min(limits.cells, n_cells - start) for start in range(0, n_cells, limits.cells)]
-    chunks = len(sizes)
+    chunks = [
+        range(start, min(start + limits.cells, n_cells))
+        for start in range(0, n_cells, limits.cells)
+    ]
     openings = sum(
         len(plan.prompts[index].ids) - plan.tail
-        for start in range(0, n_cells, limits.cells)
-        for index in unique_prompts(plan, plan.cells[start : start + limits.cells])
+        for chunk in chunks
+        for index in unique_prompts(plan, [plan.cells[cell] for cell in chunk])
     )
     steps = plan.last_generated + 1
     recorded = n_cells * (n_roles * (plan.tail + steps - 1) + plan.window - 1)
-    passes = chunks * (1 + steps + plan.window - 1)
-    groups: Counter[tuple[str, tuple[int, ...]]] = Counter(
-        (edit.position, edit.layers) for edit in plan.edits
-    )
-    edited = 0
-    if plan.edits:
-        hosts = 1 if plan.host == "XY" else 2
-        edited += hosts * n_cells * (plan.tail + plan.reference_tokens - 1)
-        passes += hosts * chunks
-        for (position, _), conditions in groups.items():
-            edited += n_cells * conditions * fed_tokens(plan, position)
-            passes += sum(math.ceil(size * conditions / limits.rows) for size in sizes)
-    edited += n_cells * len(plan.text_edits) * (plan.tail + plan.generate - 1)
-    for size in sizes:
-        passes += math.ceil(size * len(plan.text_edits) / limits.rows) * plan.generate
+    passes = len(chunks) * (1 + steps + plan.window - 1)
+    hosts = {"XY", *(edit.host for edit in plan.edits if edit.scored)}
+    edited = widest = 0
+    for chunk in chunks:
+        scored, texts = _rows(plan, chunk)
+        if scored:
+            edited += len(hosts) * len(chunk) * (plan.tail + plan.reference_tokens - 1)
+            passes += len(hosts)
+        for (positions, _, _), rows in scored.items():
+            edited += rows * fed_tokens(plan, positions)
+            passes += math.ceil(rows / limits.rows)
+        for length, rows in texts.items():
+            edited += rows * (plan.tail + length - 1)
+            passes += math.ceil(rows / limits.rows) * length
+        widest = max([widest, *scored.values(), *texts.values()])
     item = model.dtype.itemsize
     working = min(limits.cells, n_cells) * _cell_bytes(plan, model.tree)
-    if plan.edits:
-        widest = max(groups.values()) * min(limits.cells, n_cells)
-        working += min(limits.rows, widest) * _row_bytes(plan, model.tree)
+    working += min(limits.rows, widest) * _row_bytes(plan, model.tree)
     return Cost(
         cells=n_cells,
         unique_prompts=len(plan.prompts),
@@ -116,13 +117,30 @@ def estimate(plan: Plan, model: Model, limits: Limits) -> Cost:
     )
 
 
+def _rows(
+    plan: Plan, chunk: range
+) -> tuple[Counter[tuple[tuple[str, ...], tuple[int, ...], str]], Counter[int]]:
+    """Rows of a chunk of cells: by (positions, layers, host) to be scored, by length of text."""
+    scored: Counter[tuple[tuple[str, ...], tuple[int, ...], str]] = Counter()
+    texts: Counter[int] = Counter()
+    for edit in plan.edits:
+        cells = [plan.cells[cell] for cell in chunk if edit.runs_on(cell)]
+        if edit.scored and cells:
+            scored[edit.positions, edit.layers, edit.host] += len(cells)
+        if edit.generate and cells:
+            # Cells share the text of an unedited prompt that they share.
+            unedited = {cell.prompts[edit.host] for cell in cells}
+            texts[edit.generate] += len(cells if edit.layers else unedited)
+    return scored, texts
+
+
 def _longest(plan: Plan) -> int:
     return max(len(prompt.ids) for prompt in plan.prompts)
 
 
 def _row_bytes(plan: Plan, tree: ModuleTree) -> int:
     """One edited row: its copy of the KV cache (old and grown), and logits with their softmax."""
-    length = _longest(plan) + max(plan.reference_tokens, plan.generate)
+    length = _longest(plan) + max(plan.reference_tokens, plan.longest_text)
     return 2 * length * tree.kv_bytes + 2 * plan.window * tree.vocab_size * 4
 
 

@@ -17,12 +17,20 @@ from torch import Tensor
 from persona_nnsight.conditions import DONOR_KEY
 
 
-def edit_vector(condition: str, h: Mapping[str, Tensor], noise: Tensor | None = None) -> Tensor:
+def edit_vector(
+    condition: str,
+    h: Mapping[str, Tensor],
+    *,
+    alpha: float = 1.0,
+    beta: float = 1.0,
+    noise: Tensor | None = None,
+) -> Tensor:
     """The vector that `condition` writes.
 
     Args:
-        condition: a key of `SUBSTITUTE_CONDITIONS` or `INJECT_CONDITIONS`.
+        condition: a key of `SUBSTITUTE_CONDITIONS` or `INJECT_CONDITIONS`, or ``steer``.
         h: residuals by prompt (`RESIDUAL_KEYS`, and OB for ``other_x``), float32 [..., d_model].
+        alpha, beta: for ``steer``, the factors of Δ_X and Δ_Y.
         noise: for ``random``, a vector of any length in the same shape.
 
     Returns:
@@ -34,6 +42,8 @@ def edit_vector(condition: str, h: Mapping[str, Tensor], noise: Tensor | None = 
     match condition:
         case "additive" | "cached":
             return h["BB"] + delta_x + delta_y
+        case "steer":
+            return h["BB"] + alpha * delta_x + beta * delta_y
         case "remove_x":
             return h["XY"] - delta_x
         case "remove_y":

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import platform
 import sys
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict
 from datetime import datetime, timezone
 from importlib.metadata import version
@@ -18,7 +18,7 @@ if TYPE_CHECKING:
     from persona_nnsight.plan import Plan
 
 #: Version of the layout of ``run.json``.
-FORMAT = 1
+FORMAT = 2
 
 _LIBRARIES = ("persona-nnsight", "nnsight", "torch", "transformers", "numpy", "pandas")
 
@@ -42,19 +42,67 @@ def run_manifest(
         complete: whether the run came to its end.
     """
     return {
-        "format": FORMAT,
-        "command": plan.command,
-        "argv": sys.argv[1:] if Path(sys.argv[0]).stem == "persona" else None,
+        **_header(plan.command, complete=complete),
         "arguments": {
             "layers": plan.layers,
             "positions": plan.positions,
             "window": plan.window,
             "conditions": list(dict.fromkeys(edit.condition for edit in plan.edits)),
-            "generate": plan.generate,
+            "hosts": list(dict.fromkeys(edit.host for edit in plan.edits)),
+            "generate": plan.longest_text,
             "seed": plan.seed,
         },
+        **_origin(model),
+        "grid": grid.to_dict(),
+        "cells": [
+            {
+                "persona": cell.persona,
+                "task": cell.task,
+                "prompts": cell.prompts,
+                "continuation": continuations.get(index),
+            }
+            for index, cell in enumerate(plan.cells)
+        ],
+        "prompts": [asdict(prompt) for prompt in plan.prompts],
+        "cost": cost.to_dict(),
+        "seconds": _rounded(seconds),
+        "peak_memory_bytes": _peak_memory(model.device),
+    }
+
+
+def reproduction_manifest(
+    model: Model, parts: Sequence[str], seconds: Mapping[str, float], *, complete: bool
+) -> dict[str, Any]:
+    """The manifest of a reproduction, whose parts are run directories with their own.
+
+    Args:
+        model: what it ran on.
+        parts: the tables, which are the names of their directories.
+        seconds: wall time by grid.
+        complete: whether it came to its end.
+    """
+    return {
+        **_header("reproduce", complete=complete),
+        "parts": list(parts),
+        **_origin(model),
+        "seconds": _rounded(seconds),
+        "peak_memory_bytes": _peak_memory(model.device),
+    }
+
+
+def _header(command: str, *, complete: bool) -> dict[str, Any]:
+    return {
+        "format": FORMAT,
+        "command": command,
+        "argv": sys.argv[1:] if Path(sys.argv[0]).stem == "persona" else None,
         "complete": complete,
         "finished": datetime.now(timezone.utc).isoformat(timespec="seconds"),
+    }
+
+
+def _origin(model: Model) -> dict[str, Any]:
+    """The model and the versions of what ran it."""
+    return {
         "model": {
             "id": model.weights.model_id,
             "spec": model.weights.spec,
@@ -72,21 +120,11 @@ def run_manifest(
             "platform": platform.platform(),
             **{library: version(library) for library in _LIBRARIES},
         },
-        "grid": grid.to_dict(),
-        "cells": [
-            {
-                "persona": cell.persona,
-                "task": cell.task,
-                "prompts": cell.prompts,
-                "continuation": continuations.get(index),
-            }
-            for index, cell in enumerate(plan.cells)
-        ],
-        "prompts": [asdict(prompt) for prompt in plan.prompts],
-        "cost": cost.to_dict(),
-        "seconds": {name: round(value, 3) for name, value in seconds.items()},
-        "peak_memory_bytes": _peak_memory(model.device),
     }
+
+
+def _rounded(seconds: Mapping[str, float]) -> dict[str, float]:
+    return {name: round(value, 3) for name, value in seconds.items()}
 
 
 def _peak_memory(device: str) -> dict[str, int]:

@@ -18,6 +18,9 @@ from persona_nnsight.errors import PersonaError
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
+#: What families call the norm that a decoder layer begins with.
+_INPUT_NORMS = ("input_layernorm", "ln_1")
+
 #: Parts of a multimodal model that hold layer lists of their own.
 _TOWERS = ("vision", "visual", "audio", "speech", "image")
 
@@ -28,6 +31,8 @@ class ModuleTree:
 
     Attributes:
         layers: dotted path of the decoder layers, such as ``model.layers``.
+        input_norm: name within a decoder layer of the norm that its input goes through first; None
+            in architectures without one (OLMo 2 normalises after the block).
         n_layers: how many decoder layers there are.
         d_model: width of the residual stream.
         vocab_size: rows of the output embedding.
@@ -36,6 +41,7 @@ class ModuleTree:
     """
 
     layers: str
+    input_norm: str | None
     n_layers: int
     d_model: int
     vocab_size: int
@@ -73,8 +79,11 @@ def find_tree(model: PreTrainedModel, dtype: torch.dtype) -> ModuleTree:
     head_dim = getattr(config, "head_dim", None) or (
         config.hidden_size // config.num_attention_heads
     )
+    first = next(model.get_submodule(fitting[0]).children())
+    children = dict(first.named_children())
     return ModuleTree(
         layers=fitting[0],
+        input_norm=next((name for name in _INPUT_NORMS if name in children), None),
         n_layers=n_layers,
         d_model=config.hidden_size,
         vocab_size=config.vocab_size,

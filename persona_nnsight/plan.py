@@ -11,7 +11,7 @@ from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
-from persona_nnsight.conditions import DONOR_KEY, RESIDUAL_KEYS
+from persona_nnsight.conditions import DONOR_KEY, RESIDUAL_KEYS, TASK_KEY
 from persona_nnsight.errors import PersonaError
 from persona_nnsight.prompts import Prompt, encode_prompt
 from persona_nnsight.sites import generated_index
@@ -22,24 +22,43 @@ if TYPE_CHECKING:
     from persona_nnsight.grids import Cell, Grid
 
 
+#: Residuals at every site as plain numbers: [positions][layers][d_model].
+Given = tuple[tuple[tuple[float, ...], ...], ...]
+
+
 @dataclass(frozen=True)
 class Edit:
-    """One intervention, applied to every cell in a run of its own.
+    """One intervention and what is measured of it, in a run of its own for every cell.
 
     Attributes:
         condition: which vector is written (`persona_nnsight.interventions`).
-        position: the site's position name.
-        layers: the layers written in the same run, each with its own vector.
+        positions, layers: written in the same run at all of them, each with its own vector; no
+            layers for an unedited run.
+        host: the prompt that is run: ``XY``, ``BY``, or ``Y`` (the task alone).
+        alpha, beta: factors of Δ_X and Δ_Y, for condition ``steer``.
+        scored: whether the KL from the clean run is taken.
+        generate: tokens of greedy text to write, 0 for none.
+        cells: indices into `Plan.cells` of the cells it runs on; None for all.
     """
 
     condition: str
-    position: str
+    positions: tuple[str, ...]
     layers: tuple[int, ...]
+    host: str = "XY"
+    alpha: float = 1.0
+    beta: float = 1.0
+    scored: bool = True
+    generate: int = 0
+    cells: tuple[int, ...] | None = None
+
+    def runs_on(self, cell: int) -> bool:
+        """Whether the plan's cell number `cell` is one of its cells."""
+        return self.cells is None or cell in self.cells
 
 
 @dataclass(frozen=True)
 class CellPlan:
-    """One cell as indices into `Plan.prompts`, by residual key (BB, XB, BY, XY, maybe OB)."""
+    """One cell as indices into `Plan.prompts`, by residual key (BB, XB, BY, XY, maybe OB) and Y."""
 
     persona: str
     task: str
@@ -52,18 +71,18 @@ class Plan:
     """A run over cells.
 
     Attributes:
-        command: the experiment: ``capture``, ``substitute`` or ``inject``.
+        command: the experiment, such as ``capture``.
         prompts: every unique prompt once.
         cells: the cells, in the grid's order.
         layers: layers whose residuals are recorded, ascending.
         positions: positions whose residuals are recorded, in sequence order.
         window: how many tokens a KL is summed over.
-        host: the prompt that edits are written into, ``XY`` or ``BY``.
         edits: the interventions; none for a capture.
-        generate: tokens of greedy text to write for each edit, 0 for none.
+        keeps_residuals: whether the residuals are handed back.
         eos_ids: tokens that end a continuation.
         pad_id: a token for padding; attention never sees it.
         seed: of the ``random`` condition.
+        given_x: Δ_X to use in place of the run's own, by persona: [positions][layers][d_model].
     """
 
     command: str
@@ -72,12 +91,12 @@ class Plan:
     layers: tuple[int, ...]
     positions: tuple[str, ...]
     window: int
-    host: str
     edits: tuple[Edit, ...]
-    generate: int
+    keeps_residuals: bool
     eos_ids: tuple[int, ...]
     pad_id: int
     seed: int
+    given_x: dict[str, Given] | None = None
 
     @property
     def last_generated(self) -> int:
@@ -101,20 +120,23 @@ class Plan:
         return max(len(prompt.ids) - user_last(prompt) for prompt in self.prompts)
 
     @property
-    def text_edits(self) -> tuple[int | None, ...]:
-        """The edits that greedy text is written under; None is the unedited XY prompt.
-
-        Writing h_XY back (``clean``) changes no text, so it is not among them.
-        """
-        if not self.generate:
-            return ()
-        changing = (i for i, edit in enumerate(self.edits) if edit.condition != "clean")
-        return (None, *changing)
+    def longest_text(self) -> int:
+        """The most tokens of greedy text that an edit asks for."""
+        return max((edit.generate for edit in self.edits), default=0)
 
     @property
     def roles(self) -> tuple[str, ...]:
         """The residual keys that every cell of this plan has."""
-        return tuple(self.cells[0].prompts)
+        return tuple(key for key in self.cells[0].prompts if key != TASK_KEY)
+
+    @property
+    def n_results(self) -> int:
+        """How many results the plan leaves: cells recorded, KLs and texts are one each."""
+        total = len(self.cells)
+        for edit in self.edits:
+            cells = len(self.cells) if edit.cells is None else len(edit.cells)
+            total += cells * (edit.scored + (edit.generate > 0))
+        return total
 
 
 def build_plan(
@@ -126,10 +148,10 @@ def build_plan(
     positions: tuple[str, ...],
     window: int,
     edits: Sequence[Edit] = (),
-    host: str = "XY",
-    generate: int = 0,
+    keeps_residuals: bool = False,
     seed: int = 0,
     eos_ids: tuple[int, ...] = (),
+    given_x: dict[str, Given] | None = None,
 ) -> Plan:
     """Encode a grid's prompts and lay out its cells.
 
@@ -139,8 +161,9 @@ def build_plan(
     """
     if window < 1:
         raise PersonaError(f"A window of {window} tokens holds nothing; use 1 or more (10).")
-    if generate < 0:
-        raise PersonaError(f"Cannot generate {generate} tokens; use 0 for none, or more.")
+    for edit in edits:
+        if edit.generate < 0:
+            raise PersonaError(f"Cannot generate {edit.generate} tokens; use 0 for none, or more.")
     prompts: dict[str, int] = {}
     encoded: list[Prompt] = []
 
@@ -150,12 +173,16 @@ def build_plan(
             encoded.append(encode_prompt(tokenizer, text))
         return prompts[text]
 
-    with_donor = any(edit.condition == "other_x" for edit in edits)
+    wanted = {*RESIDUAL_KEYS, *(edit.host for edit in edits)}
+    if any(edit.condition == "other_x" for edit in edits):
+        wanted.add(DONOR_KEY)
+    if given_x is not None:
+        wanted.remove("XB")
     cells = tuple(
         CellPlan(
             persona=cell.persona.key,
             task=cell.task.key,
-            prompts={key: index(text) for key, text in _texts(grid, cell, with_donor).items()},
+            prompts={key: index(text) for key, text in _texts(grid, cell).items() if key in wanted},
             seed=_cell_seed(seed, grid.prompt(cell.persona, cell.task)),
         )
         for cell in grid.cells
@@ -168,12 +195,12 @@ def build_plan(
         layers=layers,
         positions=positions,
         window=window,
-        host=host,
         edits=tuple(edits),
-        generate=generate,
+        keeps_residuals=keeps_residuals,
         eos_ids=eos_ids,
         pad_id=pad_id if isinstance(pad_id, int) else 0,
         seed=seed,
+        given_x=given_x,
     )
     shortest = min(plan.prompts, key=lambda prompt: len(prompt.ids))
     if len(shortest.ids) <= plan.tail:
@@ -199,21 +226,16 @@ def user_last(prompt: Prompt) -> int:
     return prompt.user_last
 
 
-def _texts(grid: Grid, cell: Cell, with_donor: bool) -> dict[str, str]:
+def _texts(grid: Grid, cell: Cell) -> dict[str, str]:
     persona, task = cell.persona, cell.task
-    texts = dict(
-        zip(
-            RESIDUAL_KEYS,
-            (
-                grid.prompt(None, None),
-                grid.prompt(persona, None),
-                grid.prompt(None, task),
-                grid.prompt(persona, task),
-            ),
-            strict=True,
-        )
-    )
-    if with_donor and (donor := grid.donor(persona)) is not None:
+    texts = {
+        "BB": grid.prompt(None, None),
+        "XB": grid.prompt(persona, None),
+        "BY": grid.prompt(None, task),
+        "XY": grid.prompt(persona, task),
+        TASK_KEY: task.text,
+    }
+    if (donor := grid.donor(persona)) is not None:
         texts[DONOR_KEY] = grid.prompt(donor, None)
     return texts
 

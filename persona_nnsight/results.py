@@ -3,15 +3,29 @@
 from __future__ import annotations
 
 import json
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass
+from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 from safetensors.torch import save_file
 
+from persona_nnsight.errors import PersonaError
+from persona_nnsight.findings import findings
 from persona_nnsight.manifest import run_manifest
 from persona_nnsight.runs import save_run
-from persona_nnsight.tables import geometry_summary, geometry_table, kl_summary, kl_table
+from persona_nnsight.sites import generated_index
+from persona_nnsight.tables import (
+    Text,
+    contrasts,
+    geometry_summary,
+    kl_summary,
+    kl_table,
+    marker_contrasts,
+    marker_summary,
+    marker_table,
+)
+from persona_nnsight.vectors import Vectors
 
 if TYPE_CHECKING:
     import pandas as pd
@@ -24,19 +38,6 @@ if TYPE_CHECKING:
     from persona_nnsight.plan import Plan
 
 
-@dataclass(frozen=True)
-class Text:
-    """Greedy text of one cell under one edit; no position and layers where nothing is written."""
-
-    persona: str
-    task: str
-    condition: str
-    position: str | None
-    layers: str | None
-    text: str
-    n_tokens: int
-
-
 @dataclass(frozen=True, kw_only=True)
 class Result:
     """Common to all experiments.
@@ -44,6 +45,9 @@ class Result:
     Attributes:
         model, grid, plan, cost: what was run, on what.
         continuations: XY's clean greedy token ids by index of the cell in the plan.
+        geometry: how the effects add up per cell and site (`tables.geometry_table`); no rows where
+            Δ_X was given.
+        texts: greedy texts, if any were asked for.
         seconds: wall time by stage.
         complete: False when the run was interrupted; the tables then hold what was finished.
     """
@@ -53,6 +57,8 @@ class Result:
     plan: Plan
     cost: Cost
     continuations: dict[int, tuple[int, ...]]
+    geometry: pd.DataFrame
+    texts: list[Text]
     seconds: dict[str, float]
     complete: bool
 
@@ -64,15 +70,26 @@ class Result:
         """The table over cells."""
         raise NotImplementedError
 
+    def findings(self) -> list[str]:
+        """What the numbers allow one to say (`persona_nnsight.findings`)."""
+        return findings(self.plan.command, self.tables)
+
     def save(self, directory: str | Path) -> Path:
         """Write the run directory; see `persona_nnsight.runs`.
 
         Raises:
             PersonaError: the directory already holds something, or cannot be written.
         """
-        return save_run(Path(directory), self._write_files)
+        return save_run(Path(directory), self.write_files)
 
-    def _write_files(self, directory: Path) -> None:
+    def write_files(self, directory: Path) -> None:
+        """Write all files of the run into an existing directory."""
+        for name, table in self.tables.items():
+            if len(table):
+                table.to_csv(directory / f"{name}.csv", index=False)
+        if self.texts:
+            lines = (json.dumps(_present(text), ensure_ascii=False) for text in self.texts)
+            (directory / "text.jsonl").write_text("\n".join(lines) + "\n", encoding="utf-8")
         manifest = run_manifest(
             model=self.model,
             grid=self.grid,
@@ -85,61 +102,151 @@ class Result:
         text = json.dumps(manifest, indent=1, ensure_ascii=False)
         (directory / "run.json").write_text(text + "\n", encoding="utf-8")
 
+    @cached_property
+    def tables(self) -> dict[str, pd.DataFrame]:
+        """The tables of the run directory by file name; empty ones are not written."""
+        return {"geometry": self.geometry}
+
+
+def _present(text: Text) -> dict[str, object]:
+    """A text as JSON-like data; the factors of a steering only where there was one."""
+    data = asdict(text)
+    if text.alpha is None:
+        del data["alpha"], data["beta"]
+    return data
+
 
 @dataclass(frozen=True, kw_only=True)
 class CaptureResult(Result):
     """Residuals and their geometry.
 
     Attributes:
-        residuals: ``BB``, ``XB``, ``BY``, ``XY``, each float32 [cells, positions, layers, d_model],
-            in the order of `plan`; NaN where a continuation ended before the position.
-        cells: the plan's cells that the first axis holds.
+        residuals: ``BB``, ``XB``, ``BY``, ``XY``, each float32 [cells, positions, layers, d_model];
+            the cells are those of `continuations`, in its order; NaN where a continuation ended
+            before the position.
     """
 
     residuals: dict[str, Tensor]
-    cells: tuple[int, ...]
 
     def frame(self) -> pd.DataFrame:
-        """Geometry per cell and site (`persona_nnsight.tables.geometry_table`)."""
-        return geometry_table(self.plan, self.cells, self.residuals)
+        """Geometry per cell and site."""
+        return self.geometry
 
     def summary(self) -> pd.DataFrame:
         """Median geometry per site."""
-        return geometry_summary(self.frame())
+        return geometry_summary(self.geometry)
 
-    def _write_files(self, directory: Path) -> None:
+    def vectors(self) -> Vectors:
+        """The pure effects at the prompt positions, to be saved and applied to other tasks.
+
+        Raises:
+            PersonaError: the residuals are of generated positions alone, where the effects belong
+                to one continuation.
+        """
+        plan, grid = self.plan, self.grid
+        positions = [name for name in plan.positions if not generated_index(name)]
+        if not positions:
+            raise PersonaError(
+                "Effects can be saved at p_last and p_user_last only; at generated tokens they "
+                "belong to one continuation."
+            )
+        at = [plan.positions.index(name) for name in positions]
+        h = {key: value[:, at] for key, value in self.residuals.items()}
+        cells = [plan.cells[index] for index in self.continuations]
+        # XB is one prompt whatever the task, and BY whatever the persona: the first cell will do.
+        x_row = {cell.persona: row for row, cell in reversed(list(enumerate(cells)))}
+        y_row = {cell.task: row for row, cell in reversed(list(enumerate(cells)))}
+        return Vectors(
+            model_id=self.model.weights.model_id,
+            model_sha256=self.model.weights.sha256,
+            architecture=str(self.model.lm._module.config.model_type),
+            n_layers=self.model.tree.n_layers,
+            d_model=self.model.tree.d_model,
+            template=grid.template,
+            baseline_persona=grid.baseline_persona,
+            baseline_task=grid.baseline_task,
+            positions=tuple(positions),
+            layers=plan.layers,
+            personas={p.key: p.text for p in grid.personas if p.key in x_row},
+            tasks={t.key: t.text for t in grid.tasks if t.key in y_row},
+            base=h["BB"][0],
+            delta_x={key: h["XB"][row] - h["BB"][row] for key, row in x_row.items()},
+            delta_y={key: h["BY"][row] - h["BB"][row] for key, row in y_row.items()},
+        )
+
+    def write_files(self, directory: Path) -> None:
+        """Write all files of the run into an existing directory."""
         tensors = {f"h_{key}": value.contiguous() for key, value in self.residuals.items()}
+        cells = [self.plan.cells[index] for index in self.continuations]
         axes = {
-            "cells": [[self.plan.cells[i].persona, self.plan.cells[i].task] for i in self.cells],
+            "cells": [[cell.persona, cell.task] for cell in cells],
             "positions": self.plan.positions,
             "layers": self.plan.layers,
         }
         labels = {name: json.dumps(values) for name, values in axes.items()}
         save_file(tensors, directory / "residuals.safetensors", metadata=labels)
-        self.frame().to_csv(directory / "geometry.csv", index=False)
-        super()._write_files(directory)
+        super().write_files(directory)
 
 
 @dataclass(frozen=True, kw_only=True)
 class EditResult(Result):
-    """KL of every edit in every cell, and texts if they were asked for."""
+    """KL of every edit in every cell."""
 
     scores: list[Scored]
-    texts: list[Text] = field(default_factory=list)
 
     def frame(self) -> pd.DataFrame:
         """KL per cell and edit (`persona_nnsight.tables.kl_table`)."""
-        return kl_table(self.plan, self.scores)
+        return self.tables["kl"]
 
     def summary(self) -> pd.DataFrame:
         """KL over cells per edit (`persona_nnsight.tables.kl_summary`)."""
-        return kl_summary(self.frame())
+        return self.tables["summary"]
 
-    def _write_files(self, directory: Path) -> None:
-        self.frame().to_csv(directory / "kl.csv", index=False)
-        self.summary().to_csv(directory / "summary.csv", index=False)
-        if self.texts:
-            lines = (json.dumps(asdict(text), ensure_ascii=False) for text in self.texts)
-            text = "\n".join(lines) + "\n"
-            (directory / "text.jsonl").write_text(text, encoding="utf-8")
-        super()._write_files(directory)
+    def contrasts(self) -> pd.DataFrame:
+        """Paired differences from the controls (`persona_nnsight.tables.contrasts`)."""
+        return self.tables["contrasts"]
+
+    def marker_summary(self) -> pd.DataFrame | None:
+        """Markers in the texts over cells (`persona_nnsight.tables.marker_summary`), if any."""
+        markers = self.tables["markers"]
+        return marker_summary(markers) if len(markers) else None
+
+    @cached_property
+    def tables(self) -> dict[str, pd.DataFrame]:
+        """The tables of the run directory by file name; empty ones are not written."""
+        kl = kl_table(self.plan, self.scores)
+        return {
+            "kl": kl,
+            "summary": kl_summary(kl),
+            "contrasts": contrasts(kl),
+            "geometry": self.geometry,
+            "markers": marker_table(self.grid, self.texts),
+        }
+
+
+@dataclass(frozen=True, kw_only=True)
+class MarkersResult(Result):
+    """Greedy texts under edits, and the markers in them."""
+
+    def frame(self) -> pd.DataFrame:
+        """Markers per text (`persona_nnsight.tables.marker_table`)."""
+        return self.tables["markers"]
+
+    def summary(self) -> pd.DataFrame:
+        """Markers over cells per edit (`persona_nnsight.tables.marker_summary`)."""
+        return self.tables["summary"]
+
+    def contrasts(self) -> pd.DataFrame:
+        """Paired differences between conditions (`persona_nnsight.tables.marker_contrasts`)."""
+        return self.tables["contrasts"]
+
+    @cached_property
+    def tables(self) -> dict[str, pd.DataFrame]:
+        """The tables of the run directory by file name; empty ones are not written."""
+        markers = marker_table(self.grid, self.texts)
+        return {
+            "markers": markers,
+            "summary": marker_summary(markers),
+            "contrasts": marker_contrasts(markers),
+            "geometry": self.geometry,
+        }

@@ -2,10 +2,12 @@
 
 ========================  ======================================================================
 ``run.json``              command, arguments, model, versions, grid, token ids, timings, memory
-``kl.csv``                substitute, inject: one row per cell and edit
-``summary.csv``           substitute, inject: one row per edit
+``kl.csv``                substitute, inject, steer: one row per cell and edit
+``contrasts.csv``         the same: one row per edit and control, paired differences
+``summary.csv``           one row per edit: over cells, with intervals
 ``text.jsonl``            with generated text: one object a line
-``geometry.csv``          capture: one row per cell and site
+``markers.csv``           with generated text and a grid with markers: one row per text
+``geometry.csv``          one row per cell and site
 ``residuals.safetensors`` capture: h_BB, h_XB, h_BY, h_XY, float32 [cells, positions, layers, d];
                           its metadata holds the labels of the first three axes as JSON
 ========================  ======================================================================
@@ -28,7 +30,10 @@ from persona_nnsight.errors import PersonaError
 if TYPE_CHECKING:
     import pandas as pd
 
-_TEXT_COLUMNS = ("persona", "task", "condition", "position", "layers")
+_TEXT_COLUMNS = (
+    *("persona", "task", "condition", "control", "host", "position", "layers", "measure", "hits"),
+    *("published_model", "published_layers"),
+)
 
 
 def check_free(directory: Path) -> None:
@@ -70,10 +75,10 @@ def _existing_parent(directory: Path) -> Path:
     return parent
 
 
-def default_directory(command: str, model: str, grid: str, root: Path = Path("outputs")) -> Path:
-    """``outputs/<command>-<model>-<grid>-<n>`` with the lowest n that is free."""
+def default_directory(name: str, root: Path = Path("outputs")) -> Path:
+    """``outputs/<name>-<n>`` with the lowest n that is free."""
     n = 1
-    while (directory := root / f"{command}-{model}-{grid}-{n}").exists():
+    while (directory := root / f"{name}-{n}").exists():
         n += 1
     return directory
 
@@ -101,13 +106,20 @@ def save_run(directory: Path, write_files: Callable[[Path], None]) -> Path:
                 os.replace(Path(partial, name), directory / name)
     except BaseException as error:
         for path in moved:
-            path.unlink(missing_ok=True)
+            _remove(path)
         if made:
             shutil.rmtree(directory, ignore_errors=True)
         if isinstance(error, OSError):
             raise _unwritable(directory, error) from error
         raise
     return directory
+
+
+def _remove(path: Path) -> None:
+    if path.is_dir():
+        shutil.rmtree(path, ignore_errors=True)
+    else:
+        path.unlink(missing_ok=True)
 
 
 def read_table(path: str | Path) -> pd.DataFrame:

@@ -19,6 +19,9 @@ from persona_nnsight.errors import PersonaError
 DEFAULT_LAYERS = "25%,40%,55%,70%,85%"
 DEFAULT_POSITIONS = "p_last,g1,g2"
 
+#: How the sites of an unedited run are written in tables.
+NO_LAYERS = "none"
+
 #: Every position name, in the order in which the tokens stand in the sequence.
 POSITIONS = ("p_user_last", "p_last", *(f"g{k}" for k in range(1, 10)))
 
@@ -54,6 +57,22 @@ def parse_layers(layers: str | int | Iterable[int], n_layers: int) -> tuple[int,
     if not found:
         raise PersonaError(f"No layer was named; {_ALLOWED_LAYERS}.")
     return tuple(sorted(found))
+
+
+def parse_layer_sets(
+    layers: str | int | Iterable[int], n_layers: int
+) -> tuple[tuple[int, ...], ...]:
+    """The sets of layers that an expression names: ``14; 10,12,14; 10-18:2`` are three.
+
+    Args:
+        layers: expressions of `parse_layers` with semicolons between them, or one set.
+        n_layers: how many decoder layers the model has.
+
+    Raises:
+        PersonaError: as `parse_layers`.
+    """
+    terms = layers.split(";") if isinstance(layers, str) else [layers]
+    return tuple(dict.fromkeys(parse_layers(term, n_layers) for term in terms))
 
 
 _ALLOWED_LAYERS = (
@@ -116,5 +135,10 @@ def generated_index(position: str) -> int:
 
 
 def format_layers(layers: Iterable[int]) -> str:
-    """The layers of one edit as the tables write them: ``14`` or ``4+5+6``."""
-    return "+".join(str(layer) for layer in layers)
+    """The layers of one edit as the tables write them: ``14``, ``4+5+6``, or ``none``."""
+    return "+".join(str(layer) for layer in layers) or NO_LAYERS
+
+
+def format_positions(positions: Iterable[str]) -> str:
+    """The positions of one edit as the tables write them: ``p_last`` or ``p_last+g1``."""
+    return "+".join(positions)

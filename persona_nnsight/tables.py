@@ -2,68 +2,94 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
+import numpy as np
 import pandas as pd
 
-from persona_nnsight.geometry import decompose
-from persona_nnsight.sites import format_layers
+from persona_nnsight.bootstrap import Floats, drawn_means, drawn_medians, interval
+from persona_nnsight.conditions import HOST, STEER
+from persona_nnsight.markers import distinct_markers
+from persona_nnsight.sites import NO_LAYERS, format_layers, format_positions
 
 if TYPE_CHECKING:
     from torch import Tensor
 
     from persona_nnsight.engine import Scored
-    from persona_nnsight.plan import Plan
-
-#: How an edit of no layers (the unedited host of an injection) is written in the layers column.
-NO_LAYERS = "none"
+    from persona_nnsight.grids import Grid
+    from persona_nnsight.plan import Edit, Plan
 
 #: KLs below this, in nats, are rounding: a share of them means nothing and is left empty.
 KL_FLOOR = 1e-5
 
-_SITE = ["condition", "position", "layers"]
+_CELL = ["persona", "task"]
+_SITE = ["host", "position", "layers"]
+_FACTORS = ["alpha", "beta"]
+
+
+@dataclass(frozen=True)
+class Text:
+    """Greedy text of one cell under one edit; no position and layers where nothing is written.
+
+    ``alpha`` and ``beta`` are the factors of a ``steer``, None under any other condition.
+    """
+
+    persona: str
+    task: str
+    condition: str
+    position: str | None
+    layers: str | None
+    alpha: float | None
+    beta: float | None
+    text: str
+    n_tokens: int
 
 
 def geometry_table(
-    plan: Plan, cells: Sequence[int], residuals: Mapping[str, Tensor]
+    plan: Plan, cells: Sequence[int], measures: Mapping[str, Tensor]
 ) -> pd.DataFrame:
     """One row per cell and site: the columns of `persona_nnsight.geometry.decompose`.
 
+    ``inter_over_xy_normed`` is ``inter_over_xy`` after the layer's input norm; the column is
+    missing for architectures without one.
+
     Args:
         plan: the plan that was run.
-        cells: which of the plan's cells the residuals belong to.
-        residuals: float32 [cells, positions, layers, d_model] by residual key.
+        cells: which of the plan's cells the measures belong to.
+        measures: by name, float32 [cells, positions, layers].
     """
-    measures = {name: value.tolist() for name, value in decompose(residuals).items()}
-    rows = [
+    shape = (len(cells), len(plan.positions), len(plan.layers))
+    if not measures:
+        return pd.DataFrame(columns=[*_CELL, "position", "layer"])
+    cell, position, layer = (index.ravel() for index in np.indices(shape))
+    return pd.DataFrame(
         {
-            "persona": plan.cells[cell].persona,
-            "task": plan.cells[cell].task,
-            "position": position,
-            "layer": layer,
-            **{name: values[i][j][k] for name, values in measures.items()},
+            "persona": [plan.cells[cells[i]].persona for i in cell],
+            "task": [plan.cells[cells[i]].task for i in cell],
+            "position": np.asarray(plan.positions)[position],
+            "layer": np.asarray(plan.layers)[layer],
+            **{name: value.numpy().ravel().astype(float) for name, value in measures.items()},
         }
-        for i, cell in enumerate(cells)
-        for j, position in enumerate(plan.positions)
-        for k, layer in enumerate(plan.layers)
-    ]
-    return pd.DataFrame(rows)
+    )
 
 
 def geometry_summary(table: pd.DataFrame) -> pd.DataFrame:
-    """Medians over cells of the three reported ratios, one row per site, with ``n`` cells."""
+    """Medians over cells of the reported ratios, one row per site, with ``n`` cells."""
+    ratios = ("cos_xy_sum", "cos_x_y", "inter_over_xy", "inter_over_xy_normed")
     grouped = table.groupby(["position", "layer"], sort=False)
-    summary = grouped[["cos_xy_sum", "cos_x_y", "inter_over_xy"]].median()
+    summary = grouped[[name for name in ratios if name in table]].median()
     summary["n"] = grouped["cos_xy_sum"].count()
     return summary.reset_index()
 
 
-def kl_table(plan: Plan, scores: Sequence[Scored]) -> pd.DataFrame:
+def kl_table(plan: Plan, scores: Iterable[Scored]) -> pd.DataFrame:
     """One row per cell and edit, in the plan's order: KL in nats, summed over ``n_tokens``.
 
-    A run into the BY host adds ``gap_closed`` = 1 - KL / KL of the unedited host, cell by cell
-    (empty where the host's KL is below `KL_FLOOR`: there is no gap).
+    ``alpha`` and ``beta`` are there for a steering alone. Runs into the BY host add
+    ``gap_closed`` = 1 - KL / KL of the unedited host, cell by cell (empty where the host's KL is
+    below `KL_FLOOR`: there is no gap).
     """
     rows = []
     for score in sorted(scores, key=lambda score: (score.cell, score.edit)):
@@ -73,47 +99,230 @@ def kl_table(plan: Plan, scores: Sequence[Scored]) -> pd.DataFrame:
                 "persona": cell.persona,
                 "task": cell.task,
                 "condition": edit.condition,
-                "position": edit.position,
-                "layers": format_layers(edit.layers) or NO_LAYERS,
+                "host": edit.host,
+                "position": format_positions(edit.positions),
+                "layers": format_layers(edit.layers),
+                **factors_of(edit),
                 "kl": score.kl,
                 "n_tokens": score.n_tokens,
             }
         )
-    columns = ["persona", "task", *_SITE, "kl", "n_tokens"]
-    table = pd.DataFrame(rows, columns=columns)
-    if plan.host == "BY":
-        cell_keys = ["persona", "task"]
-        host = table[table["condition"] == "host"].set_index(cell_keys)["kl"].rename("host")
-        table["gap_closed"] = _share(table["kl"], table.join(host, on=cell_keys)["host"])
+    edits = [edit for edit in plan.edits if edit.scored]
+    columns = [*_CELL, "condition", *_SITE]
+    if any(edit.condition == STEER for edit in edits):
+        columns += _FACTORS
+    table = pd.DataFrame(rows, columns=[*columns, "kl", "n_tokens"])
+    if any(edit.host == "BY" for edit in edits):
+        host = table[table["condition"] == HOST].set_index(_CELL)["kl"].rename("of")
+        table["gap_closed"] = _share(table["kl"], table.join(host, on=_CELL)["of"])
     return table
 
 
-def kl_summary(table: pd.DataFrame) -> pd.DataFrame:
-    """Median, quartiles and extremes of KL over cells, one row per edit.
+def factors_of(edit: Edit) -> dict[str, float | None]:
+    """α and β of an edit by column name; None unless it steers."""
+    steers = edit.condition == STEER
+    return {"alpha": edit.alpha if steers else None, "beta": edit.beta if steers else None}
 
-    ``n`` counts the cells that have a window at all. A substitution's ``recovered`` is
-    1 - median KL / median KL of condition ``bb`` at the same site (empty without that condition,
-    or where its median is below `KL_FLOOR`: there is nothing to recover); an
-    injection's ``gap_closed`` is the median over cells.
+
+def kl_summary(table: pd.DataFrame) -> pd.DataFrame:
+    """KL over cells, one row per edit: median with its interval, quartiles, extremes.
+
+    ``n`` counts the cells that have a window at all; ``median_lo`` and ``median_hi`` are the
+    bootstrap 95 % interval of the median (`persona_nnsight.bootstrap`), empty below five cells.
+    A substitution's ``recovered`` is 1 - median KL / median KL of condition ``bb`` at the same site
+    (empty without that condition, or where its median is below `KL_FLOOR`: there is nothing to
+    recover); an injection's ``gap_closed`` is the median over cells. Both with intervals.
     """
-    grouped = table.groupby(_SITE, sort=False)
-    kl = grouped["kl"]
-    summary = pd.DataFrame(
-        {
-            "median": kl.median(),
-            "q25": kl.quantile(0.25),
-            "q75": kl.quantile(0.75),
-            "min": kl.min(),
-            "max": kl.max(),
-            "n": kl.count(),
-        }
-    ).reset_index()
+    summary, (wide,) = _wide(table, "kl")
+    draws = drawn_medians(wide.to_numpy())
+    summary["median"] = wide.median().to_numpy()
+    summary["median_lo"], summary["median_hi"] = interval(draws)
+    summary["q25"], summary["q75"] = wide.quantile([0.25, 0.75]).to_numpy()
+    summary["min"], summary["max"] = wide.min().to_numpy(), wide.max().to_numpy()
+    summary["n"] = wide.count().to_numpy()
     if "gap_closed" in table:
-        return summary.join(grouped["gap_closed"].median(), on=_SITE)
-    site = ["position", "layers"]
-    neither = summary[summary["condition"] == "bb"].set_index(site)["median"].rename("bb")
-    summary["recovered"] = _share(summary["median"], summary.join(neither, on=site)["bb"])
+        _, (closed,) = _wide(table, "gap_closed")
+        summary["gap_closed"] = closed.median().to_numpy()
+        ends = interval(drawn_medians(closed.to_numpy()))
+        summary["gap_closed_lo"], summary["gap_closed_hi"] = ends
+    if (summary["host"] == "XY").any():
+        neither = _control_columns(summary, "bb")
+        summary["recovered"] = _recovered(summary["median"].to_numpy()[None], neither)[0]
+        ends = interval(_recovered(draws, neither))
+        summary["recovered_lo"], summary["recovered_hi"] = ends
     return summary
+
+
+def contrasts(table: pd.DataFrame) -> pd.DataFrame:
+    """The difference that a condition makes from its controls, paired by cell.
+
+    At every site of XY ``additive`` is set against every other condition but ``clean`` and
+    ``steer`` against ``bb``; in BY everything is set against the unedited ``host``. ``difference``
+    is the median over cells of KL(condition) - KL(control), in nats, ``lo`` and ``hi`` its
+    bootstrap 95 % interval, ``lower`` the number of the ``n`` cells in which the condition's KL is
+    below the control's by more than `KL_FLOOR`.
+    """
+    edits, (wide,) = _wide(table, "kl")
+    kl = wide.to_numpy()
+    pairs = [
+        (i, j)
+        for i in edits.index
+        for j in edits.index
+        if _are_contrasted(edits.loc[i], edits.loc[j])
+    ]
+    subjects, controls = ([pair[side] for pair in pairs] for side in (0, 1))
+    differences = kl[:, subjects] - kl[:, controls]
+    found = edits.loc[subjects, [name for name in edits if name != "condition"]].reset_index(
+        drop=True
+    )
+    found["condition"] = edits["condition"].to_numpy()[subjects]
+    found["control"] = edits["condition"].to_numpy()[controls]
+    frame = pd.DataFrame(differences)
+    found["n"] = frame.count().to_numpy()
+    found["difference"] = frame.median().to_numpy()
+    found["lo"], found["hi"] = interval(drawn_medians(differences))
+    found["lower"] = (frame < -KL_FLOOR).sum().to_numpy()
+    return found
+
+
+def marker_table(grid: Grid, texts: Iterable[Text]) -> pd.DataFrame:
+    """One row per text: whether a marker of its persona occurs, how many distinct ones, which.
+
+    The texts of personas without markers are left out.
+    """
+    markers = {persona.key: persona.markers for persona in grid.personas}
+    rows = []
+    for text in texts:
+        if not markers[text.persona]:
+            continue
+        hits = distinct_markers(text.text, markers[text.persona])
+        rows.append(
+            {
+                **{name: getattr(text, name) for name in (*_CELL, "condition")},
+                "position": text.position or NO_LAYERS,
+                "layers": text.layers or NO_LAYERS,
+                **{name: getattr(text, name) for name in _FACTORS},
+                "any": bool(hits),
+                "distinct": len(hits),
+                "hits": "; ".join(hits),
+            }
+        )
+    table = pd.DataFrame(
+        rows,
+        columns=[
+            *(*_CELL, "condition", "position", "layers", *_FACTORS),
+            *("any", "distinct", "hits"),
+        ],
+    )
+    return table if table["alpha"].notna().any() else table.drop(columns=_FACTORS)
+
+
+def marker_summary(table: pd.DataFrame) -> pd.DataFrame:
+    """Markers over cells, one row per edit, with bootstrap 95 % intervals.
+
+    ``any`` counts the cells whose text has a marker, ``distinct`` is the mean number of distinct
+    markers in a text, ``n`` the number of cells.
+    """
+    summary, (any_found, distinct) = _wide(table, "any", "distinct")
+    n = any_found.count().to_numpy()
+    summary["any"] = any_found.sum().astype(int).to_numpy()
+    low, high = interval(drawn_means(any_found.to_numpy()))
+    summary["any_lo"], summary["any_hi"] = low * n, high * n
+    summary["distinct"] = distinct.mean().to_numpy()
+    ends = interval(drawn_means(distinct.to_numpy()))
+    summary["distinct_lo"], summary["distinct_hi"] = ends
+    summary["n"] = n
+    return summary
+
+
+#: Which conditions of `markers` are set against each other.
+_MARKER_CONTRASTS = (
+    ("additive", "clean"),
+    ("remove_x", "clean"),
+    ("remove_x", "additive"),
+    ("bare", "clean"),
+)
+
+
+def marker_contrasts(table: pd.DataFrame) -> pd.DataFrame:
+    """The difference that an edit makes to the markers, paired by cell.
+
+    ``difference`` is the mean over the ``n`` cells of condition - control, for the ``measure``
+    ``any`` (share of texts with a marker) or ``distinct`` (distinct markers in a text), ``lo`` and
+    ``hi`` its bootstrap 95 % interval. Where both are edits they are of the same layer.
+    """
+    edits, found = _wide(table, "any", "distinct")
+    rows = []
+    for i, subject in edits.iterrows():
+        for j, control in edits.iterrows():
+            if (subject["condition"], control["condition"]) not in _MARKER_CONTRASTS:
+                continue
+            if control["layers"] not in (NO_LAYERS, subject["layers"]):
+                continue
+            for measure, wide in zip(("any", "distinct"), found, strict=True):
+                paired = (wide[i] - wide[j]).dropna().to_numpy()[:, None]
+                (low,), (high,) = interval(drawn_means(paired))
+                rows.append(
+                    {
+                        **{name: subject[name] for name in ("condition", "position", "layers")},
+                        "control": control["condition"],
+                        "measure": measure,
+                        "n": len(paired),
+                        "difference": paired.mean(),
+                        "lo": low,
+                        "hi": high,
+                    }
+                )
+    return pd.DataFrame(rows)
+
+
+def _wide(table: pd.DataFrame, *values: str) -> tuple[pd.DataFrame, list[pd.DataFrame]]:
+    """The edits of a table, and for each of `values` a table of cells down and edits across.
+
+    Cells and edits keep the order in which the table first names them.
+    """
+    edit = [name for name in ("condition", *_SITE, *_FACTORS) if name in table]
+    edits = table[edit].drop_duplicates(ignore_index=True)
+    across = table.groupby(edit, sort=False, dropna=False).ngroup()
+    down = table.groupby(_CELL, sort=False).ngroup()
+    return edits, [
+        table[value].astype(float).set_axis([down, across]).unstack() for value in values
+    ]
+
+
+def _control_columns(edits: pd.DataFrame, control: str) -> list[int | None]:
+    """For every edit of XY, which edit is the control at the same site; None without one."""
+    place = {
+        tuple(site): index
+        for index, (name, *site) in enumerate(edits[["condition", *_SITE]].itertuples(index=False))
+        if name == control
+    }
+    sites = edits[_SITE].itertuples(index=False)
+    return [place.get(tuple(site)) if site.host == "XY" else None for site in sites]
+
+
+def _recovered(medians: Floats, neither: Sequence[int | None]) -> Floats:
+    """1 - median / median of the control, [draws, edits]."""
+    shares = np.full_like(medians, np.nan)
+    for column, control in enumerate(neither):
+        if control is not None:
+            of = medians[:, control]
+            with np.errstate(divide="ignore", invalid="ignore"):
+                share = 1 - medians[:, column] / of
+            shares[:, column] = np.where(of >= KL_FLOOR, share, np.nan)
+    return shares
+
+
+def _are_contrasted(subject: pd.Series[str], control: pd.Series[str]) -> bool:
+    if subject["host"] != control["host"] or subject["condition"] == control["condition"]:
+        return False
+    if subject["host"] == "BY":
+        return control["condition"] == HOST
+    if any(subject[name] != control[name] for name in _SITE):
+        return False
+    if subject["condition"] == STEER:
+        return control["condition"] == "bb"
+    return subject["condition"] == "additive" and control["condition"] != "clean"
 
 
 def _share(kl: pd.Series[float], of: pd.Series[float]) -> pd.Series[float]:

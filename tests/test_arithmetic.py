@@ -8,7 +8,12 @@ import pytest
 import torch
 from torch import tensor
 
-from persona_nnsight.conditions import HOST, INJECT_CONDITIONS, SUBSTITUTE_CONDITIONS
+from persona_nnsight.conditions import (
+    HOST,
+    INJECT_CONDITIONS,
+    STEER,
+    SUBSTITUTE_CONDITIONS,
+)
 from persona_nnsight.geometry import decompose
 from persona_nnsight.interventions import edit_vector, seeded_noise
 from persona_nnsight.measures import window_kl
@@ -44,14 +49,27 @@ def test_vectors(condition: str, expected: list[float]) -> None:
 def test_every_condition_has_a_vector() -> None:
     noise = torch.ones(3)
     for condition in [*SUBSTITUTE_CONDITIONS, *INJECT_CONDITIONS]:
-        assert edit_vector(condition, H, noise).shape == (3,)
+        assert edit_vector(condition, H, noise=noise).shape == (3,)
     with pytest.raises(ValueError, match="no vector is defined for condition 'host'"):
         edit_vector(HOST, H)
 
 
+@pytest.mark.parametrize(
+    ("alpha", "beta", "expected"),
+    [
+        (1.0, 1.0, [1.0, 2.0, 3.0]),  # additive
+        (0.0, 0.0, [1.0, 0.0, 0.0]),  # bb
+        (0.5, -2.0, [1.0, 1.0, -6.0]),
+        (3.0, 0.0, [1.0, 6.0, 0.0]),
+    ],
+)
+def test_steering_scales_each_effect(alpha: float, beta: float, expected: list[float]) -> None:
+    assert edit_vector(STEER, H, alpha=alpha, beta=beta).tolist() == expected
+
+
 def test_random_is_as_long_as_the_joint_effect() -> None:
     noise = seeded_noise(5, "p_last", 8, 3)
-    step = edit_vector("random", H, noise) - H["BB"]
+    step = edit_vector("random", H, noise=noise) - H["BB"]
     assert float(step.norm()) == pytest.approx(3.0)  # Δ_XY = (1, 2, 2)
     assert float(step @ noise) == pytest.approx(3.0 * float(noise.norm()))
 

@@ -203,7 +203,7 @@ def test_a_cell_does_not_depend_on_its_neighbours(
         assert value == pytest.approx(whole[row], **TINY_TOLERANCE), row
 
     monkeypatch.setattr(
-        "persona_nnsight.experiments.fit_limits", lambda plan, model: Limits(cells=2, rows=5)
+        "persona_nnsight.execution.fit_limits", lambda plan, model: Limits(cells=2, rows=5)
     )
     in_pieces = substitute(model, TINY_GRID, **options)
     cut = lookup(in_pieces)

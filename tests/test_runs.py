@@ -13,11 +13,11 @@ from persona_nnsight.runs import check_free, default_directory
 
 
 def test_default_directories_count_up(tmp_path: Path) -> None:
-    first = default_directory("inject", "tiny", "short", tmp_path)
+    first = default_directory("inject-tiny-short", tmp_path)
     assert first.name == "inject-tiny-short-1"
     first.mkdir()
     (tmp_path / "inject-tiny-short-3").mkdir()
-    assert default_directory("inject", "tiny", "short", tmp_path).name == "inject-tiny-short-2"
+    assert default_directory("inject-tiny-short", tmp_path).name == "inject-tiny-short-2"
 
 
 def test_new_and_empty_directories_are_free(tmp_path: Path) -> None:

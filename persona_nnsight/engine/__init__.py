@@ -7,7 +7,7 @@ A plan runs in chunks of cells, each in steps, one file a step:
 2. `record`: one traced ``generate`` from the tails records the residuals of BB, XB, BY and XY at
    every asked site while XY decodes its clean continuation; the baselines are teacher-forced onto
    it by giving them XY's logits. XY alone then decodes the rest of the continuation.
-3. `extend`: tails and continuation of the host prompt run once unedited. This keeps the clean
+3. `extend`: tails and continuation of each host prompt run once unedited. This keeps the clean
    log-probabilities and, at the layers to be edited, the residuals of every token.
 4. `score`: rows of (cell, edit) run over the same tokens with residuals overwritten. What lies
    below the lowest edited layer is unchanged by the edit, so those layers are skipped and the
@@ -23,7 +23,7 @@ the plain-data modules of this package, and returns small things.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Hashable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any, TypeVar
 
@@ -33,11 +33,11 @@ from torch import Tensor
 from persona_nnsight.costs import Limits
 from persona_nnsight.engine.extend import extend
 from persona_nnsight.engine.prefill import Chunk, prefill
-from persona_nnsight.engine.record import public_residuals, record
+from persona_nnsight.engine.record import Record, public_geometry, public_residuals, record
 from persona_nnsight.engine.score import score
 from persona_nnsight.engine.write import write
 from persona_nnsight.module_tree import ModuleTree
-from persona_nnsight.plan import Plan
+from persona_nnsight.plan import Edit, Plan
 
 T = TypeVar("T")
 
@@ -49,12 +49,16 @@ class Recorded:
     Attributes:
         cells: indices into `Plan.cells`.
         continuations: token ids per cell, ended by the first end-of-sequence token.
-        residuals: float32 [cells, positions, layers, d_model] by residual key, on the CPU; NaN
-            where a continuation ended before the position.
+        geometry: how the effects add up (`persona_nnsight.geometry.decompose`, and
+            ``inter_over_xy_normed``), by measure, float32 [cells, positions, layers].
+        residuals: float32 [cells, positions, layers, d_model] by residual key, on the CPU.
+
+    What a continuation ended before is NaN.
     """
 
     cells: tuple[int, ...]
     continuations: tuple[tuple[int, ...], ...]
+    geometry: dict[str, Tensor]
     residuals: dict[str, Tensor] | None
 
 
@@ -70,10 +74,10 @@ class Scored:
 
 @dataclass(frozen=True)
 class Written:
-    """Greedy text of one cell under one edit; `edit` None is the unedited XY prompt."""
+    """Greedy text of one cell under one edit."""
 
     cell: int
-    edit: int | None
+    edit: int
     tokens: tuple[int, ...]
 
 
@@ -96,36 +100,69 @@ def run(lm: Any, tree: ModuleTree, plan: Plan, limits: Limits) -> Iterator[Event
 
 
 def _run_chunk(chunk: Chunk, numbers: range, batch_rows: int) -> Iterator[Event]:
-    plan, in_chunk = chunk.plan, range(len(chunk.cells))
+    """The events of a chunk, whose cells have these numbers in the plan."""
+    plan = chunk.plan
     recorded = record(chunk)
     yield Recorded(
         cells=tuple(numbers),
         continuations=recorded.token_ids(),
-        residuals=None if plan.edits else public_residuals(chunk, recorded),
+        geometry=public_geometry(chunk, recorded),
+        residuals=public_residuals(chunk, recorded) if plan.keeps_residuals else None,
     )
-    if not plan.edits:
+    yield from _scores(chunk, recorded, numbers, batch_rows)
+    yield from _texts(chunk, recorded, numbers, batch_rows)
+
+
+def _scores(chunk: Chunk, recorded: Record, numbers: range, batch_rows: int) -> Iterator[Scored]:
+    plan = chunk.plan
+    scored = [index for index, edit in enumerate(plan.edits) if edit.scored]
+    if not scored:
         return
-    clean = extend(chunk, recorded, "XY")
-    host = clean if plan.host == "XY" else extend(chunk, recorded, plan.host)
-    for edits in _edit_groups(plan):
-        rows = [(cell, edit) for edit in edits for cell in in_chunk]
-        for batch in _batches(rows, batch_rows):
-            results = score(chunk, recorded, clean.logprobs, host, batch)
+    keys = dict.fromkeys(["XY", *(plan.edits[index].host for index in scored)])
+    hosts = {key: extend(chunk, recorded, key) for key in keys}
+    for edits in _groups(plan, scored, lambda edit: (edit.positions, edit.layers, edit.host)):
+        host = hosts[plan.edits[edits[0]].host]
+        for batch in _batches(_rows(plan, edits, numbers), batch_rows):
+            results = score(chunk, recorded, hosts["XY"].logprobs, host, batch)
             for (cell, edit), (kl, n_tokens) in zip(batch, results, strict=True):
                 yield Scored(numbers[cell], edit, kl, n_tokens)
-    texts = [(cell, edit) for edit in plan.text_edits for cell in in_chunk]
-    for writing in _batches(texts, batch_rows):
-        written = write(chunk, recorded, writing)
-        for (cell, text_edit), tokens in zip(writing, written, strict=True):
-            yield Written(numbers[cell], text_edit, tokens)
 
 
-def _edit_groups(plan: Plan) -> list[list[int]]:
-    """Edits that can share a batch: the same layers and position."""
-    groups: dict[tuple[tuple[int, ...], str], list[int]] = {}
-    for index, edit in enumerate(plan.edits):
-        groups.setdefault((edit.layers, edit.position), []).append(index)
-    return list(groups.values())
+def _texts(chunk: Chunk, recorded: Record, numbers: range, batch_rows: int) -> Iterator[Written]:
+    plan = chunk.plan
+    generating = [index for index, edit in enumerate(plan.edits) if edit.generate]
+    for edits in _groups(plan, generating, lambda edit: edit.generate):
+        # Cells that share an unedited prompt share its text.
+        sharing: dict[Hashable, list[tuple[int, int]]] = {}
+        for cell, edit in _rows(plan, edits, numbers):
+            unedited = chunk.cells[cell].prompts[plan.edits[edit].host]
+            text = (cell, edit) if plan.edits[edit].layers else unedited
+            sharing.setdefault(text, []).append((cell, edit))
+        for batch in _batches(list(sharing.values()), batch_rows):
+            texts = write(chunk, recorded, [rows[0] for rows in batch])
+            for rows, tokens in zip(batch, texts, strict=True):
+                for cell, edit in rows:
+                    yield Written(numbers[cell], edit, tokens)
+
+
+def _groups(
+    plan: Plan, edits: Sequence[int], what: Callable[[Edit], Hashable]
+) -> Iterable[list[int]]:
+    """Edits that can share a batch because `what` is the same of them."""
+    groups: dict[Hashable, list[int]] = {}
+    for index in edits:
+        groups.setdefault(what(plan.edits[index]), []).append(index)
+    return groups.values()
+
+
+def _rows(plan: Plan, edits: Sequence[int], numbers: range) -> list[tuple[int, int]]:
+    """Rows (cell within the chunk, edit) of the edits, each on its cells."""
+    return [
+        (cell, edit)
+        for edit in edits
+        for cell, number in enumerate(numbers)
+        if plan.edits[edit].runs_on(number)
+    ]
 
 
 def _batches(rows: Sequence[T], size: int) -> Iterator[Sequence[T]]:

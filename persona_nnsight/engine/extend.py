@@ -39,7 +39,9 @@ def extend(chunk: Chunk, recorded: Record, key: str) -> HostRun:
     lm, plan, layers = chunk.lm, chunk.plan, chunk.layers
     rows = chunk.rows([cell.prompts[key] for cell in chunk.cells])
     fed = plan.tail + plan.reference_tokens - 1
-    entries = sorted({entry_layer(plan, edit) for edit in plan.edits})
+    entries = sorted(
+        {entry_layer(plan, edit) for edit in plan.edits if edit.scored and edit.host == key}
+    )
     with lm.trace(
         **continuation_inputs(chunk, rows, recorded.continuations, fed),
         logits_to_keep=plan.reference_tokens,

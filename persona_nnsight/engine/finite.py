@@ -58,10 +58,8 @@ def edited_not_finite(chunk: Chunk, cell: int, edit: int) -> PersonaError:
     """The error for logits of an edited run."""
     chosen = chunk.plan.edits[edit]
     what = f"The output of cell {_name(chunk, cell)} under {chosen.condition!r}"
-    layers = "+".join(map(str, chosen.layers))
-    return not_finite(
-        what, f"after the edit at layer {layers}, position {chosen.position}", chunk.dtype
-    )
+    layers, positions = "+".join(map(str, chosen.layers)), "+".join(chosen.positions)
+    return not_finite(what, f"after the edit at layer {layers}, position {positions}", chunk.dtype)
 
 
 def _name(chunk: Chunk, cell: int) -> str:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import nnsight
@@ -12,6 +13,7 @@ from persona_nnsight.conditions import RESIDUAL_KEYS
 from persona_nnsight.engine.finite import output_not_finite, residual_not_finite
 from persona_nnsight.engine.inputs import GREEDY, grown_mask, prompt_inputs
 from persona_nnsight.engine.prefill import Chunk, select_rows
+from persona_nnsight.geometry import decompose
 from persona_nnsight.plan import Plan
 from persona_nnsight.sites import generated_index
 
@@ -22,11 +24,15 @@ class Record:
 
     Attributes:
         residuals: by residual key, float32 [cells, positions, layers, d_model].
+        geometry: measures of `decompose` and ``inter_over_xy_normed``, the same ratio after the
+            layer's input norm (left out in architectures without one), each float32
+            [cells, positions, layers]; NaN where a continuation ended before the position.
         continuations: XY's greedy tokens, int [cells, reference_tokens].
         lengths: how many of them there are before the text ends, int [cells].
     """
 
     residuals: dict[str, Tensor]
+    geometry: dict[str, Tensor]
     continuations: Tensor
     lengths: Tensor
 
@@ -46,7 +52,7 @@ def record(chunk: Chunk) -> Record:
     Raises:
         PersonaError: a residual or an output that is not finite.
     """
-    lm, plan, layers = chunk.lm, chunk.plan, chunk.layers
+    lm, plan, layers, norm = chunk.lm, chunk.plan, chunk.layers, chunk.tree.input_norm
     keys = ["XY", *(key for key in plan.roles if key != "XY")]
     n_cells, n_keys = len(chunk.cells), len(keys)
     prompts = [cell.prompts[key] for key in keys for cell in chunk.cells]
@@ -61,6 +67,7 @@ def record(chunk: Chunk) -> Record:
     inputs = prompt_inputs(chunk, rows, steps)
     with lm.generate(**inputs) as tracer:
         reads = nnsight.save([])
+        norms = nnsight.save([])
         broken = nnsight.save([])
         for step in tracer.iter[:steps]:
             # The forward of step k feeds the k-th generated token; step 0 feeds the tails.
@@ -71,6 +78,12 @@ def record(chunk: Chunk) -> Record:
                     where = offsets[name].to(hidden.device) if step == 0 else -1
                     read = hidden[every.to(hidden.device), where]
                     reads.append((name, layer, read.float().to(lm.device)))
+                if norm is not None and names:
+                    normed = layers[layer].get(norm).output
+                    for name in names:
+                        where = offsets[name].to(normed.device) if step == 0 else -1
+                        read = normed[every.to(normed.device), where]
+                        norms.append((name, layer, read.float().to(lm.device)))
             logits = lm.output.logits
             broken.append(_overflowed(logits[:n_cells, -1]))
             logits[n_cells:, -1] = logits[:n_cells, -1].repeat(n_keys - 1, 1)
@@ -93,13 +106,17 @@ def record(chunk: Chunk) -> Record:
             more = nnsight.save(tracer.result)
         broken = [*broken, *broken_later]
         continuations = torch.cat([continuations, more[:, -(plan.window - 1) :]], dim=1)
-    found = {(name, layer): read for name, layer, read in reads}
-    sites = [found[name, layer] for name in plan.positions for layer in plan.layers]
-    stacked = torch.stack(sites, dim=1).reshape(
-        n_keys, n_cells, len(plan.positions), len(plan.layers), -1
-    )
+    residuals = _by_key(chunk, keys, reads)
+    geometry = decompose(residuals) if "XB" in residuals else {}
+    if geometry and norms:
+        after_norm = decompose(_by_key(chunk, keys, norms))
+        geometry["inter_over_xy_normed"] = after_norm["inter_over_xy"]
+    if plan.given_x is not None:
+        given = torch.tensor([plan.given_x[cell.persona] for cell in chunk.cells])
+        residuals["XB"] = residuals["BB"] + given.to(lm.device)
     recorded = Record(
-        residuals=dict(zip(keys, stacked, strict=True)),
+        residuals=residuals,
+        geometry=geometry,
         continuations=continuations,
         lengths=lengths_to_eos(continuations, plan.eos_ids),
     )
@@ -107,11 +124,33 @@ def record(chunk: Chunk) -> Record:
     return recorded
 
 
+def _by_key(
+    chunk: Chunk, keys: Sequence[str], reads: Sequence[tuple[str, int, Tensor]]
+) -> dict[str, Tensor]:
+    """Reads (position, layer, [keys * cells, d_model]) as [cells, positions, layers, d_model]."""
+    plan = chunk.plan
+    found = {(name, layer): read for name, layer, read in reads}
+    sites = [found[name, layer] for name in plan.positions for layer in plan.layers]
+    stacked = torch.stack(sites, dim=1).reshape(
+        len(keys), len(chunk.cells), len(plan.positions), len(plan.layers), -1
+    )
+    return dict(zip(keys, stacked, strict=True))
+
+
 def public_residuals(chunk: Chunk, recorded: Record) -> dict[str, Tensor]:
     """The residuals on the CPU, NaN where a continuation ended before the position."""
     missing = ~recorded.reaches(chunk.plan)[:, :, None, None]
     return {
         key: recorded.residuals[key].masked_fill(missing, torch.nan).cpu() for key in RESIDUAL_KEYS
+    }
+
+
+def public_geometry(chunk: Chunk, recorded: Record) -> dict[str, Tensor]:
+    """The geometry on the CPU, NaN where a continuation ended before the position."""
+    missing = ~recorded.reaches(chunk.plan)[:, :, None]
+    return {
+        name: value.masked_fill(missing, torch.nan).cpu()
+        for name, value in recorded.geometry.items()
     }
 
 

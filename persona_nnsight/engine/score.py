@@ -33,7 +33,7 @@ def score(
         chunk, recorded: the chunk and its clean runs.
         clean: XY's log-probabilities, float32 [cells, reference_tokens, vocab].
         host: the unedited run of the prompt that is edited.
-        batch: rows (cell within the chunk, edit of the plan); the edits share position and layers.
+        batch: rows (cell within the chunk, edit of the plan); the edits share positions and layers.
 
     Raises:
         PersonaError: an output that is not finite.
@@ -41,21 +41,19 @@ def score(
     lm, plan, layers = chunk.lm, chunk.plan, chunk.layers
     edit = plan.edits[batch[0][1]]
     entry = entry_layer(plan, edit)
-    k = generated_index(edit.position)
-    fed = fed_tokens(plan, edit.position)
+    # The window follows the first site that is written.
+    k = generated_index(edit.positions[0])
+    fed = fed_tokens(plan, edit.positions)
     prompts = [chunk.cells[cell].prompts[host.key] for cell, _ in batch]
     of_cell = torch.tensor([cell for cell, _ in batch], device=lm.device)
     in_batch = torch.arange(len(batch), device=lm.device)
-    if k == 0:
-        offset = chunk.tail_offsets(prompts, edit.position)
-    else:
-        offset = torch.full_like(of_cell, plan.tail - 1 + k)
+    offsets = {name: _fed_offsets(chunk, prompts, name) for name in edit.positions}
     stored = host.residuals[entry]
     feed = stored[of_cell.to(stored.device), :fed]
     vectors = written_vectors(chunk, recorded, batch)
-    if entry in vectors:
-        where = (in_batch.to(feed.device), offset.to(feed.device))
-        feed[where] = vectors.pop(entry).to(feed.device, feed.dtype)
+    for name, vector in vectors.pop(entry, {}).items():
+        where = (in_batch.to(feed.device), offsets[name].to(feed.device))
+        feed[where] = vector.to(feed.device, feed.dtype)
     n_tokens = (recorded.lengths[of_cell] - k).clamp(0, plan.window)
     continuations = recorded.continuations[of_cell]
     with lm.trace(
@@ -65,10 +63,11 @@ def score(
         for skipped in layers[:entry]:
             skipped.skip(feed)
         layers[entry].input = feed
-        for layer, vector in vectors.items():
+        for layer, written in vectors.items():
             hidden = layers[layer].input
-            where = (in_batch.to(hidden.device), offset.to(hidden.device))
-            hidden[where] = vector.to(hidden.device, hidden.dtype)
+            for name, vector in written.items():
+                where = (in_batch.to(hidden.device), offsets[name].to(hidden.device))
+                hidden[where] = vector.to(hidden.device, hidden.dtype)
         expected = clean[of_cell.to(clean.device), k : k + plan.window]
         kl = nnsight.save(window_kl(expected, lm.output.logits, n_tokens))
     results = list(zip(kl.tolist(), n_tokens.tolist(), strict=True))
@@ -80,25 +79,38 @@ def score(
 
 def written_vectors(
     chunk: Chunk, recorded: Record, batch: Sequence[tuple[int, int]]
-) -> dict[int, Tensor]:
-    """What each row (cell, edit) writes, by layer: float32 [rows, d_model].
+) -> dict[int, dict[str, Tensor]]:
+    """What each row (cell, edit) writes, by layer and position: float32 [rows, d_model].
 
-    The edits share position and layers; one of no layers writes nothing.
+    The edits share positions and layers; one of no layers writes nothing.
     """
     plan = chunk.plan
     edit = plan.edits[batch[0][1]]
     if not edit.layers:
         return {}
-    position = plan.positions.index(edit.position)
     columns = [plan.layers.index(layer) for layer in edit.layers]
-    vectors = []
-    for cell, index in batch:
-        h = {key: value[cell, position, columns] for key, value in recorded.residuals.items()}
-        condition = plan.edits[index].condition
-        noise = None
-        if condition == "random":
-            seed, d_model = chunk.cells[cell].seed, h["XY"].shape[-1]
-            drawn = [seeded_noise(seed, edit.position, layer, d_model) for layer in edit.layers]
-            noise = torch.stack(drawn).to(h["XY"].device)
-        vectors.append(edit_vector(condition, h, noise))
-    return dict(zip(edit.layers, torch.stack(vectors, dim=1), strict=True))
+    vectors: dict[int, dict[str, Tensor]] = {layer: {} for layer in edit.layers}
+    for name in edit.positions:
+        position = plan.positions.index(name)
+        rows = []
+        for cell, index in batch:
+            h = {key: value[cell, position, columns] for key, value in recorded.residuals.items()}
+            chosen = plan.edits[index]
+            noise = None
+            if chosen.condition == "random":
+                seed, d_model = chunk.cells[cell].seed, h["XY"].shape[-1]
+                drawn = [seeded_noise(seed, name, layer, d_model) for layer in edit.layers]
+                noise = torch.stack(drawn).to(h["XY"].device)
+            rows.append(
+                edit_vector(chosen.condition, h, alpha=chosen.alpha, beta=chosen.beta, noise=noise)
+            )
+        for layer, written in zip(edit.layers, torch.stack(rows, dim=1), strict=True):
+            vectors[layer][name] = written
+    return vectors
+
+
+def _fed_offsets(chunk: Chunk, prompts: Sequence[int], position: str) -> Tensor:
+    """Index of `position` within tail and continuation, int [prompts]."""
+    if k := generated_index(position):
+        return torch.full((len(prompts),), chunk.plan.tail - 1 + k, device=chunk.lm.device)
+    return chunk.tail_offsets(prompts, position)

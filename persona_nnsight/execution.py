@@ -1,0 +1,166 @@
+"""Carrying out plans: the engine's events are gathered into results."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+
+from persona_nnsight.costs import Cost, estimate, fit_limits
+from persona_nnsight.engine import Event, Recorded, Scored, Written, run
+from persona_nnsight.errors import PersonaError
+from persona_nnsight.grids import Grid
+from persona_nnsight.joint_plan import join
+from persona_nnsight.models import Model
+from persona_nnsight.plan import Plan
+from persona_nnsight.results import CaptureResult, EditResult, MarkersResult, Result
+from persona_nnsight.sites import format_layers, format_positions
+from persona_nnsight.tables import Text, factors_of, geometry_table
+
+#: Called as ``progress(done, total)`` whenever work is finished; the unit is one row of a table.
+Progress = Callable[[int, int], None]
+
+
+class Interrupted(KeyboardInterrupt):
+    """Ctrl-C during a run; ``results`` holds what was finished, by the place of its plan."""
+
+    def __init__(self, results: dict[int, Result]) -> None:
+        super().__init__()
+        self.results = results
+
+
+def execute(model: Model, grid: Grid, plan: Plan, progress: Progress | None = None) -> Result:
+    """Carry out a plan that was made for this model and grid, and gather its results.
+
+    Raises:
+        PersonaError: a value that is not finite, or memory that runs out.
+        Interrupted: Ctrl-C; holds what was finished.
+    """
+    return execute_together(model, [(grid, plan)], progress)[0]
+
+
+def execute_together(
+    model: Model, studies: Sequence[tuple[Grid, Plan]], progress: Progress | None = None
+) -> list[Result]:
+    """Carry out several plans in one pass, so that what they share is computed once.
+
+    The results are in the order of `studies` and equal those of plans carried out one by one.
+
+    Raises:
+        PersonaError: a value that is not finite, or memory that runs out.
+        Interrupted: Ctrl-C; holds what was finished.
+    """
+    if not model.has_weights:
+        raise PersonaError("This model was loaded without weights; use load_model(...) as it is.")
+    joint = join([plan for _, plan in studies])
+    limits = fit_limits(joint.plan, model)
+    gathered = [_Gathered(model, grid, plan) for grid, plan in studies]
+    start = time.perf_counter()
+    seconds = {"first_cells_recorded": 0.0}
+
+    def result(part: int, *, complete: bool) -> Result:
+        cost = estimate(joint.parts[part], model, limits)
+        seconds["total"] = time.perf_counter() - start
+        return gathered[part].result(cost, dict(seconds), complete=complete)
+
+    done = 0
+    try:
+        for event in run(model.lm, model.tree, joint.plan, limits):
+            for part, own in joint.split(event):
+                gathered[part].take(own)
+            if isinstance(event, Recorded):
+                first = seconds["first_cells_recorded"] or time.perf_counter() - start
+                seconds["first_cells_recorded"] = first
+            done += len(event.cells) if isinstance(event, Recorded) else 1
+            if progress is not None:
+                progress(done, joint.plan.n_results)
+    except KeyboardInterrupt as interrupt:
+        finished = [part for part, each in enumerate(gathered) if each.has_results]
+        raise Interrupted({part: result(part, complete=False) for part in finished}) from interrupt
+    except torch.OutOfMemoryError as error:
+        raise PersonaError(
+            f"{model.device} ran out of memory in batches of {limits.rows} rows; free some of it, "
+            "or use a smaller grid, a shorter --window or another --device."
+        ) from error
+    return [result(part, complete=True) for part in range(len(studies))]
+
+
+@dataclass
+class _Gathered:
+    """What the engine has handed over for one plan so far."""
+
+    model: Model
+    grid: Grid
+    plan: Plan
+    recorded: list[Recorded] = field(default_factory=list)
+    scores: list[Scored] = field(default_factory=list)
+    texts: list[Written] = field(default_factory=list)
+
+    @property
+    def has_results(self) -> bool:
+        return bool(self.scores or self.texts or (self.plan.keeps_residuals and self.recorded))
+
+    def take(self, event: Event) -> None:
+        match event:
+            case Recorded():
+                self.recorded.append(event)
+            case Scored():
+                self.scores.append(event)
+            case Written():
+                self.texts.append(event)
+
+    def result(self, cost: Cost, seconds: dict[str, float], *, complete: bool) -> Result:
+        texts = sorted(self.texts, key=lambda text: (text.cell, text.edit))
+        continuations = {
+            cell: tokens
+            for event in self.recorded
+            for cell, tokens in zip(event.cells, event.continuations, strict=True)
+        }
+        cells = sorted(continuations)
+        geometry = self._in_order(cells, [event.geometry for event in self.recorded])
+        common: dict[str, Any] = {
+            "model": self.model,
+            "grid": self.grid,
+            "plan": self.plan,
+            "cost": cost,
+            "continuations": {cell: continuations[cell] for cell in cells},
+            "geometry": geometry_table(self.plan, cells, geometry),
+            "texts": [_text(self.model, self.plan, text) for text in texts],
+            "seconds": seconds,
+            "complete": complete,
+        }
+        if self.plan.keeps_residuals:
+            residuals = self._in_order(cells, [event.residuals or {} for event in self.recorded])
+            return CaptureResult(**common, residuals=residuals)
+        if any(edit.scored for edit in self.plan.edits):
+            return EditResult(**common, scores=self.scores)
+        return MarkersResult(**common)
+
+    def _in_order(
+        self, cells: Sequence[int], parts: Sequence[dict[str, torch.Tensor]]
+    ) -> dict[str, torch.Tensor]:
+        """What the chunks hold, by name: their cells joined, in the order of `cells`."""
+        place = [cell for event in self.recorded for cell in event.cells]
+        rows = [place.index(cell) for cell in cells]
+        return {key: torch.cat([part[key] for part in parts])[rows] for key in parts[0]}
+
+
+def _text(model: Model, plan: Plan, written: Written) -> Text:
+    cell, edit = plan.cells[written.cell], plan.edits[written.edit]
+    return Text(
+        persona=cell.persona,
+        task=cell.task,
+        condition=edit.condition,
+        position=format_positions(edit.positions) if edit.layers else None,
+        layers=format_layers(edit.layers) if edit.layers else None,
+        **factors_of(edit),
+        text=str(
+            model.tokenizer.decode(
+                list(written.tokens), skip_special_tokens=True, clean_up_tokenization_spaces=False
+            )
+        ),
+        n_tokens=len(written.tokens),
+    )

@@ -1,0 +1,72 @@
+"""markers: whether generated text still shows the persona (the paper's Table 3)."""
+
+from __future__ import annotations
+
+from persona_nnsight.conditions import BARE, TASK_KEY
+from persona_nnsight.errors import PersonaError
+from persona_nnsight.execution import Progress, execute
+from persona_nnsight.experiments.setup import Layers, checked, clean_text, sites_of
+from persona_nnsight.grids import Grid
+from persona_nnsight.models import Model
+from persona_nnsight.plan import Edit, Plan, build_plan
+from persona_nnsight.results import MarkersResult
+
+#: The depth of the paper's layer 14 of 26.
+DEFAULT_LAYERS = "55%"
+
+
+def plan_markers(
+    model: Model, grid: Grid, *, layers: Layers = DEFAULT_LAYERS, tokens: int = 80
+) -> Plan:
+    """The plan of `markers`, which takes the same arguments."""
+    if tokens < 1:
+        raise PersonaError(f"A text of {tokens} tokens holds no marker; use 1 or more (80).")
+    chosen = {persona.key: persona for persona in grid.personas}
+    without = [key for key in grid.persona_keys if not chosen[key].markers]
+    if without:
+        raise PersonaError(
+            f"The persona {without[0]!r} of grid {grid.name!r} has no markers, so nothing in a "
+            "text can be counted for it; give it some (markers: [simmer, mise en place]), or leave "
+            "it out."
+        )
+    sites = sites_of(model, layers, "p_last")
+    edits = [clean_text(tokens)]
+    edits += [
+        Edit(condition, ("p_last",), (layer,), scored=False, generate=tokens)
+        for condition in ("additive", "remove_x")
+        for layer in sites["layers"]
+    ]
+    edits.append(Edit(BARE, ("p_last",), (), host=TASK_KEY, scored=False, generate=tokens))
+    # No KL is taken, so the shortest clean continuation will do.
+    plan = build_plan("markers", model.tokenizer, grid, window=1, edits=edits, **sites)
+    return checked(plan, model)
+
+
+def markers(
+    model: Model,
+    grid: Grid,
+    *,
+    layers: Layers = DEFAULT_LAYERS,
+    tokens: int = 80,
+    progress: Progress | None = None,
+) -> MarkersResult:
+    """Generate text with the persona's effect kept, replaced and taken out, and count markers.
+
+    Greedy text under ``clean`` (XY as it is), ``additive`` and ``remove_x`` (one residual written
+    at ``p_last``, at one layer at a time), and ``bare`` (the task alone as the user message).
+
+    Args:
+        model: from `load_model`.
+        grid: the cells; every persona needs markers.
+        layers: where to write; see `capture`.
+        tokens: length of a text, in tokens; shorter where it ends by itself.
+        progress: called with (rows done, rows in all).
+
+    Raises:
+        PersonaError: bad input, or a value that is not finite.
+        Interrupted: Ctrl-C; holds the finished texts.
+    """
+    plan = plan_markers(model, grid, layers=layers, tokens=tokens)
+    result = execute(model, grid, plan, progress)
+    assert isinstance(result, MarkersResult)
+    return result

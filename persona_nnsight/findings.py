@@ -1,0 +1,235 @@
+"""What a run's numbers allow one to say, in sentences: a low KL is set against its controls.
+
+Two conditions are told apart when the bootstrap 95 % interval of the median paired difference
+leaves out 0. Many sites are compared at once and no correction is made for that.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterable, Mapping
+from typing import Any
+
+import numpy as np
+import pandas as pd
+
+from persona_nnsight.bootstrap import drawn_medians, interval
+from persona_nnsight.conditions import HOST
+from persona_nnsight.sites import NO_LAYERS
+
+#: Where the median KL of `bb` is below this, in nats, even the baseline's residual costs little.
+NEARLY_FREE = 0.1
+
+_CONTROLS = {"by": "leaving the persona out (by)", "other_x": "another persona's Δ_X (other_x)"}
+
+
+def findings(command: str, tables: Mapping[str, pd.DataFrame]) -> list[str]:
+    """Sentences about a run.
+
+    Args:
+        command: the experiment, such as ``substitute``.
+        tables: those of its run directory that it has, by name: ``summary``, ``contrasts``,
+            ``geometry``, ``markers``.
+    """
+    said: list[str] = []
+    summary, contrasts = tables.get("summary"), tables.get("contrasts")
+    if summary is not None and contrasts is not None:
+        if command == "substitute":
+            said += _substitution(summary, contrasts)
+        elif command == "inject":
+            said += _injection(summary, contrasts)
+        elif command == "steer":
+            said += _steering(summary)
+        elif command == "markers":
+            said += _markers(summary, contrasts)
+    geometry = tables.get("geometry")
+    if command == "capture" and geometry is not None and len(geometry):
+        said += _geometry(geometry)
+    return said
+
+
+def _substitution(summary: pd.DataFrame, contrasts: pd.DataFrame) -> Iterable[str]:
+    for position, at in summary.groupby("position", sort=False):
+        additive = at[at["condition"] == "additive"].set_index("layers")
+        shares = additive["recovered"].dropna() if "recovered" in additive else pd.Series()
+        if shares.empty:
+            continue
+        sentence = (
+            f"At {position} the additive vector recovers {_shares(shares)} of what writing h_BB "
+            "loses"
+        )
+        mine = contrasts[
+            (contrasts["position"] == position) & (contrasts["condition"] == "additive")
+        ]
+        told = [_verdicts(mine, control) for control in _CONTROLS]
+        sentence += "".join(f"; {verdict}" for verdict in told if verdict) + "."
+        neither = at[at["condition"] == "bb"].set_index("layers")["median"]
+        free = neither[neither < NEARLY_FREE]
+        if len(free):
+            sentence += (
+                f" At {_layers(free.index)} a low KL is nearly free: even h_BB costs no more than "
+                f"{free.max():.2g} nats."
+            )
+        yield sentence
+    yield from _few_cells(summary)
+
+
+def _verdicts(contrasts: pd.DataFrame, control: str) -> str:
+    """How the additive vector compares with a control, layer by layer."""
+    groups: dict[int, list[str]] = {}
+    for row in _records(contrasts[contrasts["control"] == control].dropna(subset=["lo"])):
+        groups.setdefault(_side(row), []).append(row["layers"])
+    verdicts = {-1: "costs less than", 1: "costs more than", 0: "cannot be told apart from"}
+    told = [
+        f"{verdict} {'it' if number else _CONTROLS[control]} at {_layers(groups[side])}"
+        for number, (side, verdict) in enumerate(
+            (side, verdict) for side, verdict in verdicts.items() if side in groups
+        )
+    ]
+    return f"it {_listed(told)}" if told else ""
+
+
+def _injection(summary: pd.DataFrame, contrasts: pd.DataFrame) -> Iterable[str]:
+    rows = _records(summary)
+    host = next(row for row in rows if row["condition"] == HOST)
+    yield (
+        f"The prompt without the persona is {host['median']:.2f} nats from the prompt with it "
+        f"(median of {host['n']} cells)."
+    )
+    for condition, what in (
+        ("oracle", "Writing the true residual (oracle)"),
+        ("cached", "Writing h_BB + Δ_X + Δ_Y (cached)"),
+    ):
+        written = [
+            row
+            for row in rows
+            if row["condition"] == condition and not math.isnan(row["gap_closed"])
+        ]
+        if not written:
+            continue
+        best = max(written, key=lambda row: float(row["gap_closed"]))
+        against = next(
+            row
+            for row in _records(contrasts)
+            if row["condition"] == condition and row["layers"] == best["layers"]
+        )
+        yield (
+            f"{what} closes at most {_share(best, 'gap_closed')} of that gap, at layer "
+            f"{best['layers']}; its KL {_compared(against)} the unedited prompt's."
+        )
+    yield from _few_cells(summary)
+
+
+def _compared(contrast: Mapping[str, Any]) -> str:
+    if math.isnan(contrast["lo"]):
+        return f"is below in {contrast['lower']} of {contrast['n']} cells against"
+    return {-1: "is below", 1: "is above", 0: "cannot be told apart from"}[_side(contrast)]
+
+
+def _steering(summary: pd.DataFrame) -> Iterable[str]:
+    share, what = "recovered", "the vector recovers {} of what h_BB loses"
+    if "gap_closed" in summary:
+        share, what = "gap_closed", "the vector closes {} of the gap to the prompt with the persona"
+    for beta, found in summary[summary["condition"] == "steer"].groupby("beta", sort=False):
+        rows = sorted(_records(found), key=lambda row: float(row["alpha"]))
+        ends = [f"{row['median']:.3g} at α = {row['alpha']:g}" for row in (rows[0], rows[-1])]
+        sentence = f"With β = {beta:g} the median KL is {_listed(list(dict.fromkeys(ends)))} nats"
+        best = min(rows, key=lambda row: float(row["median"]))
+        if len(rows) > 2:
+            sentence += f", lowest at α = {best['alpha']:g} ({best['median']:.3g})"
+        if not math.isnan(best[share]):
+            sentence += f"; there {what.format(_share(best, share))}"
+        yield sentence + "."
+    yield from _few_cells(summary)
+
+
+def _markers(summary: pd.DataFrame, contrasts: pd.DataFrame) -> Iterable[str]:
+    counts = [f"{row['any']} under {_edit(row)}" for row in _records(summary)]
+    yield f"Of {summary['n'].max()} texts, a marker of the persona occurs in {_listed(counts)}."
+    told: dict[int, list[str]] = {-1: [], 0: [], 1: []}
+    for row in _records(contrasts[contrasts["measure"] == "distinct"].dropna(subset=["lo"])):
+        told[_side(row)].append(f"{_edit(row)} {{}} {row['control']}")
+    for side, word in ((-1, "fewer"), (1, "more")):
+        if told[side]:
+            pairs = _listed([pair.format("than") for pair in told[side]])
+            yield f"There are {word} distinct markers under {pairs}."
+    if told[0]:
+        pairs = _listed([pair.format("from") for pair in told[0]])
+        yield f"The number of distinct markers does not tell {pairs}."
+    yield from _few_cells(summary)
+
+
+def _edit(row: Mapping[str, Any]) -> str:
+    """``clean``, or ``additive at 14``."""
+    site = "" if row["layers"] == NO_LAYERS else f" at {row['layers']}"
+    return f"{row['condition']}{site}"
+
+
+def _geometry(table: pd.DataFrame) -> Iterable[str]:
+    medians = table.groupby(["position", "layer"], sort=False)[
+        ["cos_xy_sum", "inter_over_xy"]
+    ].median()
+    low, high = medians["cos_xy_sum"].min(), medians["cos_xy_sum"].max()
+    rest = medians["inter_over_xy"]
+    yield (
+        f"The effects add up in direction, cos(Δ_XY, Δ_X+Δ_Y) {low:.2f} to {high:.2f}, while "
+        f"‖Inter‖ is {100 * rest.min():.0f} to {100 * rest.max():.0f} % of ‖Δ_XY‖."
+    )
+    if "inter_over_xy_normed" not in table:
+        return
+    change = table.assign(change=table["inter_over_xy_normed"] - table["inter_over_xy"])
+    wide = change.set_index(["persona", "task", "position", "layer"])["change"]
+    sites = wide.unstack(["position", "layer"])
+    low_end, high_end = interval(drawn_medians(sites.to_numpy(dtype=float)))
+    if np.isnan(low_end).all():
+        return
+    smaller, larger = int((high_end < 0).sum()), int((low_end > 0).sum())
+    yield (
+        "The layer's input norm, which the paper supposes to absorb part of Inter, makes "
+        f"‖Inter‖/‖Δ_XY‖ smaller at {smaller} of {sites.shape[1]} sites and larger at {larger} "
+        f"(median change {sites.median().median():+.3f})."
+    )
+
+
+def _few_cells(summary: pd.DataFrame) -> Iterable[str]:
+    column = next(name for name in ("median_lo", "distinct_lo") if name in summary)
+    if summary[column].isna().all():
+        n = int(summary["n"].max())
+        cells = "cell is" if n == 1 else "cells are"
+        yield f"{n} {cells} too few for intervals; expect other cells to differ."
+
+
+def _shares(shares: pd.Series[float]) -> str:
+    """``88 % (layer 8), 89 % (layers 12 and 16)``, layers in order."""
+    percents = shares.map(lambda share: f"{100 * share:.0f} %")
+    found = [
+        f"{percent} ({_layers(layers.index)})"
+        for percent, layers in percents.groupby(percents, sort=False)
+    ]
+    return ", ".join(found)
+
+
+def _share(row: Mapping[str, Any], name: str) -> str:
+    """``23 % (18 to 30)``: a share with its interval, where it has one."""
+    if math.isnan(row[f"{name}_lo"]):
+        return f"{round(100 * row[name])} %"
+    share, low, high = (round(100 * row[f"{name}{end}"]) for end in ("", "_lo", "_hi"))
+    return f"{share} % ({low} to {high})"
+
+
+def _side(contrast: Mapping[str, Any]) -> int:
+    """-1 where the interval of a difference lies below 0, 1 above, 0 around it."""
+    return -1 if contrast["hi"] < 0 else 1 if contrast["lo"] > 0 else 0
+
+
+def _records(table: pd.DataFrame) -> list[dict[str, Any]]:
+    return [{str(name): value for name, value in row.items()} for row in table.to_dict("records")]
+
+
+def _layers(names: Iterable[str]) -> str:
+    found = list(names)
+    return f"layer {found[0]}" if len(found) == 1 else f"layers {_listed(found)}"
+
+
+def _listed(items: list[str]) -> str:
+    return items[0] if len(items) == 1 else f"{', '.join(items[:-1])} and {items[-1]}"
