@@ -11,6 +11,7 @@ from functools import cache
 from pathlib import Path
 
 import pytest
+from persona_cli.app import main
 from reference import Reference
 from tiny import make_model_dir
 
@@ -59,3 +60,31 @@ def smollm2() -> Model:
 def reference_of(model: Model) -> Reference:
     """The oracle on the same weights."""
     return Reference(model.lm._module, model.tokenizer)
+
+
+Persona = Callable[..., "Outcome"]
+
+
+class Outcome:
+    """Exit code and streams of one command."""
+
+    def __init__(self, code: int, out: str, err: str) -> None:
+        self.code, self.out, self.err = code, out, err
+
+
+@pytest.fixture
+def persona(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> Persona:
+    """Run `persona ARGUMENTS` in an empty directory that holds grid.yaml."""
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "grid.yaml").write_text(TINY_GRID.to_yaml(), encoding="utf-8")
+
+    def command(*arguments: object) -> Outcome:
+        capsys.readouterr()
+        with pytest.raises(SystemExit) as stopped:
+            main([str(argument) for argument in arguments])
+        streams = capsys.readouterr()
+        return Outcome(int(stopped.value.code or 0), streams.out, streams.err)
+
+    return command

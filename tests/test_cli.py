@@ -15,8 +15,7 @@ from typing import Any
 import pandas as pd
 import pytest
 import torch
-from conftest import TINY_GRID
-from persona_cli.app import main
+from conftest import TINY_GRID, Persona
 from safetensors import safe_open
 from safetensors.torch import load_file
 
@@ -26,32 +25,6 @@ from persona_nnsight.costs import Limits
 from persona_nnsight.engine import Event, run
 
 TinyDir = Callable[..., Path]
-Persona = Callable[..., "Outcome"]
-
-
-class Outcome:
-    """Exit code and streams of one command."""
-
-    def __init__(self, code: int, out: str, err: str) -> None:
-        self.code, self.out, self.err = code, out, err
-
-
-@pytest.fixture
-def persona(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
-) -> Persona:
-    """Run `persona ARGUMENTS` in an empty directory that holds grid.yaml."""
-    monkeypatch.chdir(tmp_path)
-    (tmp_path / "grid.yaml").write_text(TINY_GRID.to_yaml(), encoding="utf-8")
-
-    def command(*arguments: object) -> Outcome:
-        capsys.readouterr()
-        with pytest.raises(SystemExit) as stopped:
-            main([str(argument) for argument in arguments])
-        streams = capsys.readouterr()
-        return Outcome(int(stopped.value.code or 0), streams.out, streams.err)
-
-    return command
 
 
 def files(directory: Path) -> list[str]:
@@ -83,7 +56,7 @@ def test_capture(persona: Persona, tiny_dir: TinyDir, tiny: Callable[..., Model]
     table = pd.read_csv(out / "geometry.csv")
     assert list(table) == [
         *("persona", "task", "position", "layer", "cos_xy_sum", "cos_x_y", "inter_over_xy"),
-        *("norm_dx", "norm_dy", "norm_dxy", "norm_inter"),
+        *("norm_dx", "norm_dy", "norm_dxy", "norm_inter", "inter_over_xy_normed"),
     ]
     pd.testing.assert_frame_equal(table, library.frame(), check_dtype=False)
     assert table["layer"].dtype == "int64"
@@ -108,19 +81,21 @@ def test_substitute(persona: Persona, tiny_dir: TinyDir) -> None:
     )
     assert outcome.code == 0, outcome.err
     out = Path("here/run")
-    assert files(out) == ["kl.csv", "run.json", "summary.csv", "text.jsonl"]
+    assert files(out) == [
+        *("contrasts.csv", "geometry.csv", "kl.csv", "run.json", "summary.csv", "text.jsonl")
+    ]
     table = pd.read_csv(out / "kl.csv")
-    columns = ["persona", "task", "condition", "position", "layers", "kl", "n_tokens"]
+    columns = ["persona", "task", "condition", "host", "position", "layers", "kl", "n_tokens"]
     assert list(table) == columns
     assert (str(table["kl"].dtype), str(table["n_tokens"].dtype)) == ("float64", "int64")
     assert len(table) == 6 * len(SUBSTITUTE_CONDITIONS) * 2 * 2
-    assert not table.duplicated(columns[:5]).any()
+    assert not table.duplicated(columns[:6]).any()
     assert list(dict.fromkeys(table["condition"])) == list(SUBSTITUTE_CONDITIONS)
 
     summary = pd.read_csv(out / "summary.csv")
     assert list(summary) == [
-        *("condition", "position", "layers", "median", "q25", "q75", "min", "max", "n"),
-        "recovered",
+        *("condition", "host", "position", "layers", "median", "median_lo", "median_hi"),
+        *("q25", "q75", "min", "max", "n", "recovered", "recovered_lo", "recovered_hi"),
     ]
     picked = summary[(summary["position"] == "g1") & (summary["layers"] == 3)]
     medians = picked.set_index("condition")["median"]
@@ -245,7 +220,7 @@ def test_the_dry_run_counts_what_the_run_does(
         tokens += kwargs["input_ids"].numel()
 
     handle = module.register_forward_pre_hook(count, with_kwargs=True)
-    monkeypatch.setattr("persona_nnsight.experiments.fit_limits", lambda plan, model: limits)
+    monkeypatch.setattr("persona_nnsight.execution.fit_limits", lambda plan, model: limits)
     options: dict[str, Any] = {} if command is inject else {"positions": positions}
     options |= {} if command is capture else {"generate": 4}
     grid = Grid.from_dict(
@@ -380,7 +355,7 @@ def test_interrupting_keeps_what_was_finished(
                 raise KeyboardInterrupt
             yield event
 
-    monkeypatch.setattr("persona_nnsight.experiments.run", interrupted)
+    monkeypatch.setattr("persona_nnsight.execution.run", interrupted)
     outcome = persona("substitute", "-m", tiny_dir("llama"), "-g", "grid.yaml", "-o", "run")
     assert outcome.code == 130
     assert "Interrupted" in outcome.err
@@ -391,7 +366,7 @@ def test_interrupting_keeps_what_was_finished(
         raise KeyboardInterrupt
         yield Event  # type: ignore[unreachable]
 
-    monkeypatch.setattr("persona_nnsight.experiments.run", at_once)
+    monkeypatch.setattr("persona_nnsight.execution.run", at_once)
     outcome = persona("capture", "-m", tiny_dir("llama"), "-g", "grid.yaml", "-o", "other")
     assert outcome.code == 130
     assert "nothing was written" in outcome.err

@@ -7,7 +7,19 @@ from typing import Annotated
 
 import typer
 
-from persona_cli import capture, grids, inject, models, substitute
+from persona_cli import (
+    capture,
+    grids,
+    inject,
+    markers,
+    models,
+    report,
+    reproduce,
+    steer,
+    substitute,
+    vectors,
+)
+from persona_cli.option_groups import expand_groups
 from persona_nnsight.errors import PersonaError
 
 app = typer.Typer(
@@ -17,9 +29,17 @@ app = typer.Typer(
     context_settings={"help_option_names": ["-h", "--help"]},
     rich_markup_mode="markdown",
 )
-app.command("capture")(capture.capture)
-app.command("substitute")(substitute.substitute)
-app.command("inject")(inject.inject)
+for _command in (
+    capture.capture,
+    substitute.substitute,
+    inject.inject,
+    markers.markers,
+    steer.steer,
+    reproduce.reproduce,
+    report.report,
+    vectors.vectors,
+):
+    app.command(_command.__name__)(expand_groups(_command))
 app.add_typer(grids.app, name="grids")
 app.add_typer(models.app, name="models")
 
@@ -46,6 +66,8 @@ def persona(
     A role prompt is "As {persona}, {task}". **capture** records what persona and task each do to
     the residual stream, **substitute** replaces one residual by the sum of the two effects and
     measures what changes, **inject** tries to give a persona to a prompt that does not name it.
+    **markers** looks for the persona in generated text, **steer** writes the effects in other
+    proportions, **reproduce** makes the paper's tables and figure, and **report** a page of a run.
     """
 
 

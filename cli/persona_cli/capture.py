@@ -16,69 +16,61 @@ if TYPE_CHECKING:
     from persona_nnsight.results import Result
 
 
+_RATIOS = {
+    "cos_xy_sum": "cos(Δ_XY, Δ_X+Δ_Y)",
+    "cos_x_y": "cos(Δ_X, Δ_Y)",
+    "inter_over_xy": "‖Inter‖/‖Δ_XY‖",
+    "inter_over_xy_normed": "after the norm",
+}
+
+
 def capture(
-    model: o.ModelSpec = o.DEFAULT_MODEL,
-    revision: o.Revision = None,
-    dtype: o.Dtype = "auto",
-    device: o.Device = "auto",
-    attn: o.Attention = None,
-    grid: o.GridSource = None,
-    personas: o.Personas = None,
-    tasks: o.Tasks = None,
-    persona: o.PersonaText = None,
-    task: o.TaskText = None,
+    *,
+    model: o.ModelOptions,
+    cells: o.CellOptions,
     layers: o.Layers = DEFAULT_LAYERS,
     positions: o.Positions = DEFAULT_POSITIONS,
     window: o.Window = 10,
-    out: o.Out = None,
-    as_json: o.Json = False,
-    dry_run: o.DryRun = False,
-    verbose: o.Verbose = False,
+    run: o.RunOptions,
 ) -> None:
     """Record what persona and task do to the residual stream, and how the two effects add up.
 
     Each cell of the grid runs as four prompts: BB (baseline persona and task), XB (the persona),
     BY (the task) and XY (both). The effects are differences from BB: Δ_X, Δ_Y and Δ_XY. The table
-    shows, over cells, cos(Δ_XY, Δ_X+Δ_Y), cos(Δ_X, Δ_Y) and ‖Δ_XY-Δ_X-Δ_Y‖/‖Δ_XY‖.
+    shows, over cells, cos(Δ_XY, Δ_X+Δ_Y), cos(Δ_X, Δ_Y) and ‖Δ_XY-Δ_X-Δ_Y‖/‖Δ_XY‖,
+    the last one also after the norm that the layer's input goes through.
 
     Writes residuals.safetensors (h_BB, h_XB, h_BY, h_XY: cells × positions × layers × d_model),
     geometry.csv and run.json.
 
     Example: persona capture --grid short --layers all --positions p_last,g1
     """
-    from persona_nnsight import experiments
+    from persona_nnsight.experiments.capture import plan_capture
 
-    cells = o.choose_grid(grid, personas, tasks, persona, task)
+    grid = cells.choose()
     run_experiment(
-        grid=cells,
-        load={
-            "spec": model,
-            "revision": revision,
-            "dtype": dtype,
-            "device": device,
-            "attn": attn,
-        },
-        make_plan=lambda skeleton: experiments.plan_capture(
+        grid=grid,
+        model=model,
+        run=run,
+        make_plan=lambda skeleton: plan_capture(
             skeleton,
-            cells,
+            grid,
             layers=layers,
             positions=positions,
             window=window,
         ),
         show=_table,
-        out=out,
-        as_json=as_json,
-        dry_run=dry_run,
-        verbose=verbose,
     )
 
 
 def _table(result: Result) -> RenderableType:
     table = Table(box=None, pad_edge=False)
     table.add_column("position")
-    for heading in ("layer", "cos(Δ_XY, Δ_X+Δ_Y)", "cos(Δ_X, Δ_Y)", "‖Inter‖/‖Δ_XY‖", "cells"):
+    summary = result.summary()
+    headings = {name: text for name, text in _RATIOS.items() if name in summary}
+    for heading in ("layer", *headings.values(), "cells"):
         table.add_column(heading, justify="right")
-    for row in result.summary().to_dict("records"):
-        ratios = (row[name] for name in ("cos_xy_sum", "cos_x_y", "inter_over_xy"))
+    for row in summary.to_dict("records"):
+        ratios = (row[name] for name in headings)
         table.add_row(row["position"], str(row["layer"]), *map(fixed, ratios), str(row["n"]))
     return titled("Median over cells", table)

@@ -10,7 +10,7 @@ from rich.table import Table
 
 from persona_cli import options as o
 from persona_cli.console import titled
-from persona_cli.running import fixed, percent, run_experiment
+from persona_cli.running import fixed, percent, run_experiment, span
 from persona_nnsight.sites import DEFAULT_LAYERS
 
 if TYPE_CHECKING:
@@ -18,17 +18,10 @@ if TYPE_CHECKING:
 
 
 def inject(
-    model: o.ModelSpec = o.DEFAULT_MODEL,
-    revision: o.Revision = None,
-    dtype: o.Dtype = "auto",
-    device: o.Device = "auto",
-    attn: o.Attention = None,
-    grid: o.GridSource = None,
-    personas: o.Personas = None,
-    tasks: o.Tasks = None,
-    persona: o.PersonaText = None,
-    task: o.TaskText = None,
-    layers: o.Layers = DEFAULT_LAYERS,
+    *,
+    model: o.ModelOptions,
+    cells: o.CellOptions,
+    layers: o.LayerSets = DEFAULT_LAYERS,
     each: Annotated[
         bool,
         typer.Option(
@@ -37,10 +30,7 @@ def inject(
     ] = False,
     window: o.Window = 10,
     generate: o.Generate = 0,
-    out: o.Out = None,
-    as_json: o.Json = False,
-    dry_run: o.DryRun = False,
-    verbose: o.Verbose = False,
+    run: o.RunOptions,
 ) -> None:
     """Try to give a persona to a prompt that does not name it, by writing residuals into it.
 
@@ -51,36 +41,27 @@ def inject(
     1 - KL / KL of the host, in each cell: how much of the way to the persona the injection goes.
     The table shows its median over cells, which is not the ratio of the medians.
 
-    Writes kl.csv (one row per cell and edit), summary.csv, run.json, and text.jsonl with
-    --generate.
+    Writes kl.csv (one row per cell and edit), summary.csv, contrasts.csv, geometry.csv, run.json,
+    and with --generate text.jsonl, and markers.csv if the grid has markers.
 
-    Example: persona inject --grid long --layers 10-18:2 --each
+    Example: persona inject --grid long --layers '14; 10-18:2'
     """
-    from persona_nnsight import experiments
+    from persona_nnsight.experiments.inject import plan_inject
 
-    cells = o.choose_grid(grid, personas, tasks, persona, task)
+    grid = cells.choose()
     run_experiment(
-        grid=cells,
-        load={
-            "spec": model,
-            "revision": revision,
-            "dtype": dtype,
-            "device": device,
-            "attn": attn,
-        },
-        make_plan=lambda skeleton: experiments.plan_inject(
+        grid=grid,
+        model=model,
+        run=run,
+        make_plan=lambda skeleton: plan_inject(
             skeleton,
-            cells,
+            grid,
             layers=layers,
             each=each,
             window=window,
             generate=generate,
         ),
         show=_table,
-        out=out,
-        as_json=as_json,
-        dry_run=dry_run,
-        verbose=verbose,
     )
 
 
@@ -88,10 +69,16 @@ def _table(result: Result) -> RenderableType:
     table = Table(box=None, pad_edge=False)
     table.add_column("written")
     table.add_column("layers")
-    for heading in ("median", "q25", "q75", "gap closed", "cells"):
+    for heading in ("median", "95 %", "gap closed", "95 %", "cells"):
         table.add_column(heading, justify="right")
     for row in result.summary().to_dict("records"):
-        quartiles = map(fixed, (row["median"], row["q25"], row["q75"]))
-        closed, cells = percent(row["gap_closed"]), str(row["n"])
-        table.add_row(row["condition"], row["layers"], *quartiles, closed, cells)
+        table.add_row(
+            row["condition"],
+            row["layers"],
+            fixed(row["median"]),
+            span(row["median_lo"], row["median_hi"], digits=3),
+            percent(row["gap_closed"]),
+            span(100 * row["gap_closed_lo"], 100 * row["gap_closed_hi"], digits=0),
+            str(row["n"]),
+        )
     return titled("KL to the clean XY continuation over cells, in nats", table)

@@ -1,9 +1,10 @@
-"""The options that capture, substitute and inject share."""
+"""The options that several commands share, and the groups they come in."""
 
 from __future__ import annotations
 
+from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
@@ -115,6 +116,16 @@ Layers = Annotated[
         rich_help_panel=_SITES,
     ),
 ]
+LayerSets = Annotated[
+    str,
+    typer.Option(
+        "--layers",
+        "-l",
+        help="Layers that are written together: 8, 4-12, 4-20:4, 25%,40%, or all; several sets "
+        "with semicolons: '14; 10-18:2'.",
+        rich_help_panel=_SITES,
+    ),
+]
 Positions = Annotated[
     str,
     typer.Option(
@@ -175,32 +186,85 @@ Verbose = Annotated[
 ]
 
 
-def choose_grid(
-    grid: str | None,
-    personas: str | None,
-    tasks: str | None,
-    persona: str | None,
-    task: str | None,
-) -> Grid:
-    """The grid that the cell options name.
+@dataclass(frozen=True)
+class ModelOptions:
+    """What to load."""
 
-    Raises:
-        PersonaError: options that contradict each other, or an unknown grid or key.
-    """
-    from persona_nnsight.grids import Grid
+    model: ModelSpec = DEFAULT_MODEL
+    revision: Revision = None
+    dtype: Dtype = "auto"
+    device: Device = "auto"
+    attn: Attention = None
 
-    if persona is not None or task is not None:
-        if persona is None or task is None:
-            given, other = ("--persona", "--task") if task is None else ("--task", "--persona")
-            raise PersonaError(f"{given} asks for one cell, which also needs {other} TEXT.")
-        if grid is not None or personas is not None or tasks is not None:
-            raise PersonaError(
-                "--persona and --task name one cell and cannot go with --grid, --personas or "
-                "--tasks; use one or the other."
-            )
-        return Grid.single(persona, task)
-    loaded = Grid.load("short" if grid is None else grid)
-    return loaded.select(_names(personas), _names(tasks))
+    def arguments(self) -> dict[str, Any]:
+        """The arguments of `persona_nnsight.load_model`."""
+        return {
+            "spec": self.model,
+            "revision": self.revision,
+            "dtype": self.dtype,
+            "device": self.device,
+            "attn": self.attn,
+        }
+
+
+@dataclass(frozen=True)
+class CellOptions:
+    """Which cells."""
+
+    grid: GridSource = None
+    personas: Personas = None
+    tasks: Tasks = None
+    persona: PersonaText = None
+    task: TaskText = None
+
+    def choose(self, default: str = "short") -> Grid:
+        """The grid that the options name, or `default`.
+
+        Raises:
+            PersonaError: options that contradict each other, or an unknown grid or key.
+        """
+        from persona_nnsight.grids import Grid
+
+        if self.persona is not None or self.task is not None:
+            if self.persona is None or self.task is None:
+                one = ("--persona", "--task")
+                given, other = one if self.task is None else reversed(one)
+                raise PersonaError(f"{given} asks for one cell, which also needs {other} TEXT.")
+            if (self.grid, self.personas, self.tasks) != (None, None, None):
+                raise PersonaError(
+                    "--persona and --task name one cell and cannot go with --grid, --personas or "
+                    "--tasks; use one or the other."
+                )
+            return Grid.single(self.persona, self.task)
+        loaded = Grid.load(default if self.grid is None else self.grid)
+        return loaded.select(_names(self.personas), _names(self.tasks))
+
+
+@dataclass(frozen=True)
+class LongCellOptions(CellOptions):
+    """Which cells, of the long grid when no other is named."""
+
+    grid: Annotated[
+        str | None,
+        typer.Option(
+            "--grid",
+            "-g",
+            metavar="NAME|FILE",
+            help="A built-in grid with markers (long) or a YAML file; see `persona grids`.",
+            show_default="long",
+            rich_help_panel=_CELLS,
+        ),
+    ] = None
+
+
+@dataclass(frozen=True)
+class RunOptions:
+    """Where a run goes and what is shown of it."""
+
+    out: Out = None
+    as_json: Json = False
+    dry_run: DryRun = False
+    verbose: Verbose = False
 
 
 def _names(text: str | None) -> list[str] | None:

@@ -1,20 +1,23 @@
-"""What capture, substitute and inject do around their experiment: load, plan, run, save, show."""
+"""What the experiments' commands do around their experiment: load, plan, run, save, show."""
 
 from __future__ import annotations
 
 import json
 import math
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
+from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Generic, TypeVar
 
 import typer
 from rich.console import RenderableType
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 from rich.table import Table
+from rich.text import Text
 
 from persona_cli.console import note_step, notes, output, spinner
+from persona_cli.options import ModelOptions, RunOptions
 
 if TYPE_CHECKING:
     import pandas as pd
@@ -24,39 +27,42 @@ if TYPE_CHECKING:
     from persona_nnsight.plan import Plan
     from persona_nnsight.results import Result
 
+P = TypeVar("P")
 
-def run_experiment(
+
+@dataclass(frozen=True)
+class Ready(Generic[P]):
+    """A loaded model, what to run on it, and the directory that the run goes to."""
+
+    model: Model
+    plan: P
+    out: Path
+
+
+def prepare(
+    model: ModelOptions,
+    run: RunOptions,
     *,
-    grid: Grid,
-    load: dict[str, Any],
-    make_plan: Callable[[Model], Plan],
-    show: Callable[[Result], RenderableType],
-    out: Path | None,
-    as_json: bool,
-    dry_run: bool,
-    verbose: bool,
-) -> None:
-    """Run one experiment from options to files, or with `dry_run` print its plan.
+    make_plan: Callable[[Model], P],
+    show_plan: Callable[[Model, P], None],
+    name: Callable[[P], str],
+) -> Ready[P] | None:
+    """Load a model and plan a run on it; None for a dry run, which ends here.
 
     Everything that can be refused is refused before weights are downloaded or loaded.
 
     Args:
-        grid: the cells.
-        load: arguments of `persona_nnsight.load_model`.
-        make_plan: the experiment's plan for a model without weights.
-        show: the result for the terminal.
-        out: the run directory, or None for the default.
-        as_json: standard output holds one JSON object and nothing else.
-        dry_run: plan only.
-        verbose: show the plan, the timings and the libraries' messages.
+        model, run: the options.
+        make_plan: the plan for a model without weights.
+        show_plan: prints it, for a dry run and with --verbose.
+        name: what the default directory is called, such as ``inject-{model}-short``, for a plan.
     """
     from persona_nnsight.runs import check_free, default_directory
 
-    if out is not None:
-        check_free(out)
-    _quiet_libraries(verbose)
+    if run.out is not None:
+        check_free(run.out)
+    _quiet_libraries(run.verbose)
 
-    from persona_nnsight.experiments import Interrupted, execute
     from persona_nnsight.models import load_model
 
     with spinner("Loading the model") as stop:
@@ -65,39 +71,87 @@ def run_experiment(
             stop()  # downloads show progress bars of their own
             note_step(step)
 
-        skeleton = load_model(**load, weights=False, fetch=not dry_run, notify=notify)
+        arguments = model.arguments()
+        skeleton = load_model(**arguments, weights=False, fetch=not run.dry_run, notify=notify)
         plan = make_plan(skeleton)
-        if dry_run or verbose:
+        if run.dry_run or run.verbose:
             stop()
-            _show_plan(skeleton, grid, plan, as_json=as_json, on_stdout=dry_run)
-        if dry_run:
-            return
-        if out is None:
-            out = default_directory(plan.command, skeleton.weights.slug, grid.name)
-            check_free(out)
-        model = load_model(**load, notify=notify)
+            show_plan(skeleton, plan)
+        if run.dry_run:
+            return None
+        out = run.out or default_directory(name(plan).format(model=skeleton.weights.slug))
+        check_free(out)
+        return Ready(load_model(**arguments, notify=notify), plan, out)
+
+
+def run_experiment(
+    *,
+    grid: Grid,
+    model: ModelOptions,
+    run: RunOptions,
+    make_plan: Callable[[Model], Plan],
+    show: Callable[[Result], RenderableType],
+    plan_beside: Callable[[Model], Plan] | None = None,
+    save_beside: Callable[[Result], Path] | None = None,
+) -> None:
+    """Run one experiment from options to files, or with --dry-run print its plan.
+
+    Args:
+        grid: the cells.
+        model, run: the options.
+        make_plan: the experiment's plan for a model without weights.
+        show: the result for the terminal.
+        plan_beside: another plan for the same pass.
+        save_beside: what to do with its result; returns the file written.
+    """
+    from persona_nnsight.execution import Interrupted, execute_together
+
+    makers = [make_plan] if plan_beside is None else [make_plan, plan_beside]
+
+    def show_plan(skeleton: Model, plans: Sequence[Plan]) -> None:
+        show_costs(skeleton, grid, plans[0], run)
+
+    ready = prepare(
+        model,
+        run,
+        make_plan=lambda skeleton: [make(skeleton) for make in makers],
+        show_plan=show_plan,
+        name=lambda plans: f"{plans[0].command}-{{model}}-{grid.name}",
+    )
+    if ready is None:
+        return
     interrupted = False
     try:
-        with _progress_bar(plan.command) as progress:
-            result = execute(model, grid, plan, progress)
+        with progress_bar(ready.plan[0].command) as progress:
+            results = execute_together(ready.model, [(grid, plan) for plan in ready.plan], progress)
     except Interrupted as stopped:
         interrupted = True
-        if stopped.result is None:
+        if 0 not in stopped.results:
             notes.print("Interrupted before anything was finished; nothing was written.")
             raise typer.Exit(130) from None
-        result = stopped.result
-    result.save(out)
-    if as_json:
-        print(json.dumps(_summary(result, out), indent=1, ensure_ascii=False))
+        results = [stopped.results[0]]
+    result = results[0]
+    result.save(ready.out)
+    more = [save_beside(beside) for beside in results[1:] if save_beside is not None]
+    if run.as_json:
+        print(json.dumps(_summary(result, ready.out), indent=1, ensure_ascii=False))
     else:
         output().print(show(result))
-        _show_files(out)
-    if verbose:
+        show_findings(result)
+        show_files(ready.out)
+        for path in more:
+            output().print(str(path), markup=False, soft_wrap=True)
+    if run.verbose:
         first, total = result.seconds["first_cells_recorded"], result.seconds["total"]
         notes.print(f"first cells recorded after {first:.1f} s, all done after {total:.1f} s")
     if interrupted:
-        notes.print("Interrupted: the tables hold what was finished, and run.json says so.")
-        raise typer.Exit(130)
+        note_interruption()
+
+
+def note_interruption() -> None:
+    """Say that a run is not whole, and leave."""
+    notes.print("Interrupted: the tables hold what was finished, and run.json says so.")
+    raise typer.Exit(130)
 
 
 def _quiet_libraries(verbose: bool) -> None:
@@ -111,7 +165,8 @@ def _quiet_libraries(verbose: bool) -> None:
 
 
 @contextmanager
-def _progress_bar(command: str) -> Iterator[Callable[[int, int], None]]:
+def progress_bar(command: str) -> Iterator[Callable[[int, int], None]]:
+    """A bar with rows done and time left, on standard error; yields what moves it."""
     bar = Progress(
         TextColumn("{task.description}"),
         BarColumn(),
@@ -127,13 +182,14 @@ def _progress_bar(command: str) -> Iterator[Callable[[int, int], None]]:
         yield lambda done, total: bar.update(task, completed=done, total=total)
 
 
-def _show_plan(model: Model, grid: Grid, plan: Plan, *, as_json: bool, on_stdout: bool) -> None:
+def show_costs(model: Model, grid: Grid, plan: Plan, run: RunOptions) -> None:
+    """Print what a plan will do: the result of a dry run, a note otherwise."""
     from persona_nnsight.costs import estimate, fit_limits
     from persona_nnsight.weights.model_files import human_size
 
     limits = fit_limits(plan, model)
     cost = estimate(plan, model, limits)
-    if as_json and on_stdout:
+    if run.as_json and run.dry_run:
         summary = {
             "command": plan.command,
             "model": model.weights.model_id,
@@ -163,7 +219,7 @@ def _show_plan(model: Model, grid: Grid, plan: Plan, *, as_json: bool, on_stdout
     table.add_column(style="bold")
     for name, value in rows.items():
         table.add_row(name, value)
-    (output() if on_stdout else notes).print(table)
+    (output() if run.dry_run else notes).print(table)
 
 
 def _summary(result: Result, directory: Path) -> dict[str, Any]:
@@ -175,18 +231,26 @@ def _summary(result: Result, directory: Path) -> dict[str, Any]:
         "complete": result.complete,
         "out": str(directory),
         "files": sorted(path.name for path in directory.iterdir()),
-        "summary": _records(result.summary()),
+        "summary": as_records(result.summary()),
+        "findings": result.findings(),
         "seconds": round(result.seconds["total"], 3),
     }
 
 
-def _records(table: pd.DataFrame) -> list[dict[str, Any]]:
+def as_records(table: pd.DataFrame) -> list[dict[str, Any]]:
     """Rows as JSON objects; what is missing is null."""
     records: list[dict[str, Any]] = json.loads(table.to_json(orient="records", double_precision=15))
     return records
 
 
-def _show_files(directory: Path) -> None:
+def show_findings(result: Result) -> None:
+    """Print what the numbers allow one to say."""
+    for sentence in result.findings():
+        output().print(Text(f"\n{sentence}"))
+
+
+def show_files(directory: Path) -> None:
+    """Print where a run went and what it holds."""
     names = ", ".join(sorted(path.name for path in directory.iterdir()))
     output().print(f"\n{directory}/: {names}", markup=False, soft_wrap=True)
 
@@ -199,3 +263,10 @@ def percent(value: float) -> str:
 def fixed(value: float) -> str:
     """A number for the terminal, to three decimals; a dash where there is none."""
     return f"{round(value, 3) + 0.0:.3f}" if math.isfinite(value) else "-"
+
+
+def span(low: float, high: float, *, digits: int) -> str:
+    """An interval for the terminal: ``0.03 to 0.11``, or a dash where there is none."""
+    if not math.isfinite(low):
+        return "-"
+    return f"{round(low, digits) + 0.0:.{digits}f} to {round(high, digits) + 0.0:.{digits}f}"

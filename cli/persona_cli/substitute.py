@@ -20,16 +20,9 @@ if TYPE_CHECKING:
 
 
 def substitute(
-    model: o.ModelSpec = o.DEFAULT_MODEL,
-    revision: o.Revision = None,
-    dtype: o.Dtype = "auto",
-    device: o.Device = "auto",
-    attn: o.Attention = None,
-    grid: o.GridSource = None,
-    personas: o.Personas = None,
-    tasks: o.Tasks = None,
-    persona: o.PersonaText = None,
-    task: o.TaskText = None,
+    *,
+    model: o.ModelOptions,
+    cells: o.CellOptions,
     layers: o.Layers = DEFAULT_LAYERS,
     positions: o.Positions = DEFAULT_POSITIONS,
     conditions: Annotated[
@@ -47,10 +40,7 @@ def substitute(
         typer.Option(help="Seed of the random control.", rich_help_panel="Sites and measure"),
     ] = 0,
     generate: o.Generate = 0,
-    out: o.Out = None,
-    as_json: o.Json = False,
-    dry_run: o.DryRun = False,
-    verbose: o.Verbose = False,
+    run: o.RunOptions,
 ) -> None:
     """Overwrite one residual of the role prompt's run and measure how the answer changes.
 
@@ -60,26 +50,22 @@ def substitute(
     1 - median KL / median KL of writing h_BB (neither persona nor task): 100 % means that nothing
     is lost, 0 % that the vector does no better than the baseline.
 
-    Writes kl.csv (one row per cell and edit), summary.csv, run.json, and text.jsonl with
-    --generate.
+    Writes kl.csv (one row per cell and edit), summary.csv, contrasts.csv (paired differences from
+    the controls), geometry.csv, run.json, and with --generate text.jsonl, and markers.csv if the
+    grid has markers.
 
     Example: persona substitute --grid short --layers 25%,55% --conditions additive,bb,by
     """
-    from persona_nnsight import experiments
+    from persona_nnsight.experiments.substitute import plan_substitute
 
-    cells = o.choose_grid(grid, personas, tasks, persona, task)
+    grid = cells.choose()
     run_experiment(
-        grid=cells,
-        load={
-            "spec": model,
-            "revision": revision,
-            "dtype": dtype,
-            "device": device,
-            "attn": attn,
-        },
-        make_plan=lambda skeleton: experiments.plan_substitute(
+        grid=grid,
+        model=model,
+        run=run,
+        make_plan=lambda skeleton: plan_substitute(
             skeleton,
-            cells,
+            grid,
             layers=layers,
             positions=positions,
             conditions=conditions,
@@ -88,10 +74,6 @@ def substitute(
             seed=seed,
         ),
         show=_table,
-        out=out,
-        as_json=as_json,
-        dry_run=dry_run,
-        verbose=verbose,
     )
 
 

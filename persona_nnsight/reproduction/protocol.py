@@ -1,0 +1,183 @@
+"""What the paper ran, table by table (Xu 2026, §5), laid out for any model.
+
+========  ======================================================================================
+table1    `substitute` on the short grid at four positions and five depths
+table2    `substitute` on the long grid at p_last, g1 and g2 and three depths
+table3    `markers` on the review cells of the long grid: 80 tokens, one layer
+table4    `inject` on the same cells: one layer, and sets of layers around it
+figure1   tables 1 and 2 as KL against layer
+========  ======================================================================================
+
+Layers are the paper's own on its three models, and at the same depths on any other. Controls are
+added to what the paper wrote, because a small KL alone says little.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+
+from persona_nnsight.errors import PersonaError
+from persona_nnsight.experiments.inject import plan_inject
+from persona_nnsight.experiments.markers import plan_markers
+from persona_nnsight.experiments.substitute import plan_substitute
+from persona_nnsight.grids import Grid
+from persona_nnsight.models import Model
+from persona_nnsight.plan import Plan
+from persona_nnsight.prompts import encode_prompt
+from persona_nnsight.reproduction.published import paper_model
+from persona_nnsight.sites import DEFAULT_LAYERS, NO_LAYERS, format_layers, parse_layers
+
+TABLES = ("table1", "table2", "table3", "table4")
+#: What can be asked for, and the tables that it takes.
+TARGETS = {**{table: (table,) for table in TABLES}, "figure1": ("table1", "table2")}
+
+#: Tag of the tasks that Tables 3 and 4 take from the long grid.
+REVIEW = "review"
+
+#: The paper's additive vector, and the controls that stand beside it.
+CONDITIONS = ("additive", "remove_x", "bb", "by", "xb", "other_x")
+
+#: Three of the five depths of Table 1; the second model was run at other ones.
+_TABLE2_LAYERS = {None: "40%,55%,70%", "Qwen/Qwen2.5-1.5B-Instruct": "7,15,20"}
+
+#: Layers of Tables 3 and 4, on a model of 26 layers.
+_PAPER_LAYERS = 26
+_EDITED = 14
+_SETS = (
+    (14,),
+    (10, 12, 14),
+    tuple(range(10, 19, 2)),
+    tuple(range(10, 23, 2)),
+    tuple(range(6, 23, 2)),
+)
+
+#: SHA-256 of the paper's own stimuli, by grid (see `has_paper_stimuli`).
+_STIMULI = {
+    "short": "0034bacfc335a61f724591a0fbb431104c667d56731f33f97800e11d0188a935",
+    "long": "6ec53ec3835c69d7b2d9e6dfdbbfe1162cdec129b424dd27864e8f4deb8448df",
+}
+
+
+@dataclass(frozen=True)
+class Study:
+    """One table: the cells it is over, and the plan that makes it."""
+
+    table: str
+    grid: Grid
+    plan: Plan
+
+
+def parse_targets(only: str | Iterable[str] | None) -> tuple[str, ...]:
+    """The tables that an expression such as ``table1,figure1`` takes, in order; None for all.
+
+    Raises:
+        PersonaError: a name that is not in `TARGETS`, or none at all.
+    """
+    if only is None:
+        return TABLES
+    names = [name.strip() for name in (only.split(",") if isinstance(only, str) else only)]
+    for name in names or [""]:
+        if name not in TARGETS:
+            raise PersonaError(
+                f"--only {name!r} is nothing of the paper's; use {', '.join(TARGETS)}, with commas "
+                "between them."
+            )
+    asked = {table for name in names for table in TARGETS[name]}
+    return tuple(table for table in TABLES if table in asked)
+
+
+def plan_study(table: str, model: Model, short: Grid, long: Grid) -> Study:
+    """Lay out one table for a model.
+
+    Args:
+        table: one of `TABLES`.
+        model: with or without weights.
+        short, long: the two grids; Tables 3 and 4 take the tasks of `long` that are tagged
+            ``review``.
+
+    Raises:
+        PersonaError: the long grid has no review tasks or no markers, or a prompt is too long.
+    """
+    n_layers = model.tree.n_layers
+    if table == "table1":
+        plan = plan_substitute(
+            model,
+            short,
+            layers=DEFAULT_LAYERS,
+            positions=_table1_positions(model, short),
+            conditions=_conditions(short),
+        )
+        return Study(table, short, plan)
+    if table == "table2":
+        named = paper_model(model.weights.model_id)
+        layers = _TABLE2_LAYERS.get(named, _TABLE2_LAYERS[None])
+        return Study(
+            table, long, plan_substitute(model, long, layers=layers, conditions=_conditions(long))
+        )
+    reviews = _reviews(long)
+    if table == "table3":
+        return Study(table, reviews, plan_markers(model, reviews, layers=edited_layer(n_layers)))
+    sets = "; ".join(",".join(map(str, chosen)) for chosen in layer_sets(n_layers))
+    return Study(table, reviews, plan_inject(model, reviews, layers=sets))
+
+
+def edited_layer(n_layers: int) -> int:
+    """The layer of Tables 3 and 4: 14 of 26, or as deep in another model."""
+    return _as_deep(_EDITED, n_layers)
+
+
+def layer_sets(n_layers: int) -> tuple[tuple[int, ...], ...]:
+    """The layer sets of Table 4, as deep as the paper's."""
+    return tuple(tuple(sorted({_as_deep(layer, n_layers) for layer in chosen})) for chosen in _SETS)
+
+
+def reference_layers(table: str, n_layers: int) -> dict[str, str]:
+    """From the layers of the paper's first model in a table to those as deep in another."""
+    if table in ("table1", "table2"):
+        depths = (DEFAULT_LAYERS if table == "table1" else _TABLE2_LAYERS[None]).split(",")
+        pairs = [[parse_layers(depth, n)[0] for n in (_PAPER_LAYERS, n_layers)] for depth in depths]
+        return {"": "", **{str(theirs): str(ours) for theirs, ours in pairs}}
+    sets = zip(_SETS, layer_sets(n_layers), strict=True)
+    same = {"": "", NO_LAYERS: NO_LAYERS}
+    return {**same, **{format_layers(theirs): format_layers(ours) for theirs, ours in sets}}
+
+
+def has_paper_stimuli(grid: Grid, name: str) -> bool:
+    """Whether a grid has the texts of the paper's grid ``short`` or ``long``, all of them."""
+    texts = [
+        grid.template,
+        grid.baseline_persona,
+        grid.baseline_task,
+        sorted(persona.text for persona in grid.personas),
+        sorted(task.text for task in grid.tasks),
+    ]
+    digest = hashlib.sha256(json.dumps(texts, ensure_ascii=False).encode()).hexdigest()
+    return digest == _STIMULI[name]
+
+
+def _as_deep(layer: int, n_layers: int) -> int:
+    percent = 100 * layer / _PAPER_LAYERS
+    return parse_layers(f"{percent:.4f}%", n_layers)[0]
+
+
+def _conditions(grid: Grid) -> Sequence[str]:
+    return [name for name in CONDITIONS if name != "other_x" or len(grid.personas) > 1]
+
+
+def _reviews(grid: Grid) -> Grid:
+    keys = [task.key for task in grid.tasks if REVIEW in task.tags and task.key in grid.task_keys]
+    if not keys:
+        raise PersonaError(
+            f"Tables 3 and 4 take the tasks tagged {REVIEW!r}, and grid {grid.name!r} has none; "
+            f"tag some (tags: [{REVIEW}]), or ask for --only table1,table2."
+        )
+    return grid.select(tasks=keys)
+
+
+def _table1_positions(model: Model, grid: Grid) -> Sequence[str]:
+    """The paper's four positions, or three where the template has no end of the user turn."""
+    prompt = encode_prompt(model.tokenizer, grid.prompt(None, None))
+    return [*(["p_user_last"] if prompt.user_last is not None else []), "p_last", "g1", "g2"]

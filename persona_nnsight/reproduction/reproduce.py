@@ -1,0 +1,138 @@
+"""reproduce: the paper's tables in two passes, one over each grid."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import pandas as pd
+
+from persona_nnsight.execution import Interrupted, Progress, execute_together
+from persona_nnsight.grids import Grid
+from persona_nnsight.joint_plan import join
+from persona_nnsight.manifest import reproduction_manifest
+from persona_nnsight.models import Model
+from persona_nnsight.reproduction.comparison import comparison
+from persona_nnsight.reproduction.protocol import Study, parse_targets, plan_study
+from persona_nnsight.results import Result
+from persona_nnsight.runs import save_run
+
+
+@dataclass(frozen=True)
+class Reproduction:
+    """The tables that were made.
+
+    Attributes:
+        model: what they were made on.
+        studies: the protocol of each table, by name.
+        results: the run of each table, by name; those of an interrupted reproduction may lack.
+        seconds: wall time of each pass by its grid.
+        complete: False when it was interrupted.
+    """
+
+    model: Model
+    studies: dict[str, Study]
+    results: dict[str, Result]
+    seconds: dict[str, float]
+    complete: bool
+
+    def table(self, name: str) -> pd.DataFrame:
+        """Ours beside the published (`persona_nnsight.reproduction.comparison.comparison`)."""
+        return comparison(self.studies[name], self.results[name])
+
+    def save(self, directory: str | Path) -> Path:
+        """Write the run of every table into a directory of its own, and the tables beside them.
+
+        Raises:
+            PersonaError: the directory already holds something, or cannot be written.
+        """
+        return save_run(Path(directory), self._write_files)
+
+    def _write_files(self, directory: Path) -> None:
+        for name, result in self.results.items():
+            (directory / name).mkdir()
+            result.write_files(directory / name)
+            self.table(name).to_csv(directory / f"{name}.csv", index=False)
+        manifest = reproduction_manifest(
+            self.model, list(self.results), self.seconds, complete=self.complete
+        )
+        text = json.dumps(manifest, indent=1, ensure_ascii=False)
+        (directory / "run.json").write_text(text + "\n", encoding="utf-8")
+
+
+def plan_reproduction(
+    model: Model, short: Grid, long: Grid, only: str | Iterable[str] | None = None
+) -> list[Study]:
+    """What `reproduce` will run, table by table."""
+    return [plan_study(table, model, short, long) for table in parse_targets(only)]
+
+
+def reproduce(
+    model: Model,
+    *,
+    short: Grid | None = None,
+    long: Grid | None = None,
+    only: str | Iterable[str] | None = None,
+    progress: Progress | None = None,
+) -> Reproduction:
+    """Make the paper's tables on a model.
+
+    Args:
+        model: from `load_model`.
+        short, long: grids in place of the built-in ones.
+        only: tables to make, such as ``table1,figure1``; None for all.
+        progress: called with (rows done, rows in all).
+
+    Raises:
+        PersonaError: bad input, or a value that is not finite.
+        ReproductionInterrupted: Ctrl-C; holds what was finished.
+    """
+    studies = plan_reproduction(model, short or Grid.load("short"), long or Grid.load("long"), only)
+    return carry_out(model, studies, progress)
+
+
+class ReproductionInterrupted(KeyboardInterrupt):
+    """Ctrl-C during a reproduction; ``reproduction`` holds what was finished."""
+
+    def __init__(self, reproduction: Reproduction) -> None:
+        super().__init__()
+        self.reproduction = reproduction
+
+
+def carry_out(
+    model: Model, studies: Sequence[Study], progress: Progress | None = None
+) -> Reproduction:
+    """Run the studies, those over one grid together; see `reproduce`."""
+    passes = [
+        found
+        for found in (
+            [study for study in studies if study.table == "table1"],
+            [study for study in studies if study.table != "table1"],
+        )
+        if found
+    ]
+    totals = [join([study.plan for study in found]).plan.n_results for found in passes]
+    results: dict[str, Result] = {}
+    seconds: dict[str, float] = {}
+
+    def reproduction(*, complete: bool) -> Reproduction:
+        by_name = {study.table: study for study in studies}
+        return Reproduction(model, by_name, results, seconds, complete)
+
+    for number, found in enumerate(passes):
+        before = sum(totals[:number])
+
+        def report(done: int, _: int, before: int = before) -> None:
+            if progress is not None:
+                progress(before + done, sum(totals))
+
+        try:
+            made = execute_together(model, [(s.grid, s.plan) for s in found], report)
+        except Interrupted as stopped:
+            results.update((found[part].table, r) for part, r in stopped.results.items())
+            raise ReproductionInterrupted(reproduction(complete=False)) from stopped
+        results.update(zip((study.table for study in found), made, strict=True))
+        seconds[found[0].grid.name] = made[0].seconds["total"]
+    return reproduction(complete=True)
