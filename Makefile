@@ -4,13 +4,14 @@ VENV := .venv
 BIN := $(VENV)/bin
 MODEL := smollm2-135m
 
-.PHONY: demo test lint readme clean
+.PHONY: demo test example readme clean
 
 ## Fetch the embedded model and run the main experiment on it.
 demo: $(VENV)/installed
 	$(BIN)/persona models pull $(MODEL)
 	rm -rf outputs/demo
 	$(BIN)/persona substitute --grid short --out outputs/demo
+	$(BIN)/persona report outputs/demo
 
 ## Lint, types, unit tests, and end-to-end tests on the embedded model.
 test: $(VENV)/tested
@@ -19,7 +20,12 @@ test: $(VENV)/tested
 	$(BIN)/mypy
 	HF_HUB_OFFLINE=1 $(BIN)/python -m pytest
 
-## Write the generated parts of the README again: help texts, example outputs, the figure.
+## Make the committed example run again.
+example: $(VENV)/installed
+	rm -rf outputs/example
+	$(BIN)/persona reproduce --out outputs/example
+
+## Write the generated parts of the README again: help texts, example outputs.
 readme: $(VENV)/tested
 	$(BIN)/python -m cogapp -r -I tests README.md
 

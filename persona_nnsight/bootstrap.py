@@ -8,6 +8,8 @@ nothing about other personas, tasks or models.
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import numpy as np
 from numpy.typing import NDArray
 
@@ -31,24 +33,26 @@ def drawn_medians(values: Floats) -> Floats:
     Returns:
         float64 [draws, columns]; NaN throughout where fewer than five cells have a value.
     """
-    rows, median = _draws(len(values)), np.empty((_DRAWS, values.shape[1]))
-    for column, value in enumerate(values.T):
-        present = np.isfinite(value)
-        if present.sum() < _MIN_CELLS:
-            median[:, column] = np.nan
-        elif present.all():
-            median[:, column] = np.median(value[rows], axis=1)
-        else:
-            median[:, column] = np.nanmedian(value[rows], axis=1)
-    return median
+    return _drawn(values, np.median, np.nanmedian)
 
 
 def drawn_means(values: Floats) -> Floats:
-    """The mean of every column in every draw; see `drawn_medians`. Every cell has a value."""
-    if len(values) < _MIN_CELLS:
-        return np.full((_DRAWS, values.shape[1]), np.nan)
-    means: Floats = values[_draws(len(values))].mean(axis=1)
-    return means
+    """The mean of every column in every draw; see `drawn_medians`."""
+    return _drawn(values, np.mean, np.nanmean)
+
+
+def _drawn(
+    values: Floats, statistic: Callable[..., Floats], skipping_nan: Callable[..., Floats]
+) -> Floats:
+    rows, found = _draws(len(values)), np.full((_DRAWS, values.shape[1]), np.nan)
+    for column, value in enumerate(values.T):
+        present = np.isfinite(value)
+        if present.all() and len(value) >= _MIN_CELLS:
+            found[:, column] = statistic(value[rows], axis=1)
+        elif present.sum() >= _MIN_CELLS:
+            drawn = present[rows].any(axis=1)  # a draw may hold none of the cells with a value
+            found[drawn, column] = skipping_nan(value[rows[drawn]], axis=1)
+    return found
 
 
 def interval(draws: Floats) -> tuple[Floats, Floats]:

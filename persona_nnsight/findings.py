@@ -16,6 +16,7 @@ import pandas as pd
 from persona_nnsight.bootstrap import drawn_medians, interval
 from persona_nnsight.conditions import HOST
 from persona_nnsight.sites import NO_LAYERS
+from persona_nnsight.tables import KL_FLOOR
 
 #: Where the median KL of `bb` is below this, in nats, even the baseline's residual costs little.
 NEARLY_FREE = 0.1
@@ -28,8 +29,8 @@ def findings(command: str, tables: Mapping[str, pd.DataFrame]) -> list[str]:
 
     Args:
         command: the experiment, such as ``substitute``.
-        tables: those of its run directory that it has, by name: ``summary``, ``contrasts``,
-            ``geometry``, ``markers``.
+        tables: those of its run directory that it has, by name; ``summary``, ``contrasts`` and
+            ``geometry`` are read.
     """
     said: list[str] = []
     summary, contrasts = tables.get("summary"), tables.get("contrasts")
@@ -52,25 +53,26 @@ def _substitution(summary: pd.DataFrame, contrasts: pd.DataFrame) -> Iterable[st
     for position, at in summary.groupby("position", sort=False):
         additive = at[at["condition"] == "additive"].set_index("layers")
         shares = additive["recovered"].dropna() if "recovered" in additive else pd.Series()
-        if shares.empty:
-            continue
-        sentence = (
-            f"At {position} the additive vector recovers {_shares(shares)} of what writing h_BB "
-            "loses"
-        )
-        mine = contrasts[
-            (contrasts["position"] == position) & (contrasts["condition"] == "additive")
-        ]
-        told = [_verdicts(mine, control) for control in _CONTROLS]
-        sentence += "".join(f"; {verdict}" for verdict in told if verdict) + "."
+        said = []
+        if len(shares):
+            mine = contrasts[
+                (contrasts["position"] == position) & (contrasts["condition"] == "additive")
+            ]
+            told = [_verdicts(mine, control) for control in _CONTROLS]
+            said.append(
+                f"At {position} the additive vector recovers {_shares(shares)} of what writing "
+                "h_BB loses" + "".join(f"; {verdict}" for verdict in told if verdict) + "."
+            )
         neither = at[at["condition"] == "bb"].set_index("layers")["median"]
         free = neither[neither < NEARLY_FREE]
         if len(free):
-            sentence += (
-                f" At {_layers(free.index)} a low KL is nearly free: even h_BB costs no more than "
+            where = _layers(free.index) if said else f"{position}, {_layers(free.index)},"
+            said.append(
+                f"At {where} a low KL is nearly free: even h_BB costs no more than "
                 f"{free.max():.2g} nats."
             )
-        yield sentence
+        if said:
+            yield " ".join(said)
     yield from _few_cells(summary)
 
 
@@ -130,12 +132,13 @@ def _steering(summary: pd.DataFrame) -> Iterable[str]:
     share, what = "recovered", "the vector recovers {} of what h_BB loses"
     if "gap_closed" in summary:
         share, what = "gap_closed", "the vector closes {} of the gap to the prompt with the persona"
-    for beta, found in summary[summary["condition"] == "steer"].groupby("beta", sort=False):
+    steered = summary[(summary["condition"] == "steer") & summary["median"].notna()]
+    for beta, found in steered.groupby("beta", sort=False):
         rows = sorted(_records(found), key=lambda row: float(row["alpha"]))
         ends = [f"{row['median']:.3g} at α = {row['alpha']:g}" for row in (rows[0], rows[-1])]
         sentence = f"With β = {beta:g} the median KL is {_listed(list(dict.fromkeys(ends)))} nats"
         best = min(rows, key=lambda row: float(row["median"]))
-        if len(rows) > 2:
+        if len(rows) > 1:
             sentence += f", lowest at α = {best['alpha']:g} ({best['median']:.3g})"
         if not math.isnan(best[share]):
             sentence += f"; there {what.format(_share(best, share))}"
@@ -144,8 +147,12 @@ def _steering(summary: pd.DataFrame) -> Iterable[str]:
 
 
 def _markers(summary: pd.DataFrame, contrasts: pd.DataFrame) -> Iterable[str]:
-    counts = [f"{row['any']} under {_edit(row)}" for row in _records(summary)]
-    yield f"Of {summary['n'].max()} texts, a marker of the persona occurs in {_listed(counts)}."
+    n = summary["n"].max()
+    counts = []
+    for row in _records(summary):
+        of = "" if row["n"] == n else f" of {row['n']}"  # the run was interrupted
+        counts.append(f"{row['any']}{of} under {_edit(row)}")
+    yield f"Of {n} texts, a marker of the persona occurs in {_listed(counts)}."
     told: dict[int, list[str]] = {-1: [], 0: [], 1: []}
     for row in _records(contrasts[contrasts["measure"] == "distinct"].dropna(subset=["lo"])):
         told[_side(row)].append(f"{_edit(row)} {{}} {row['control']}")
@@ -169,6 +176,8 @@ def _geometry(table: pd.DataFrame) -> Iterable[str]:
     medians = table.groupby(["position", "layer"], sort=False)[
         ["cos_xy_sum", "inter_over_xy"]
     ].median()
+    if medians.isna().all(axis=None):
+        return
     low, high = medians["cos_xy_sum"].min(), medians["cos_xy_sum"].max()
     rest = medians["inter_over_xy"]
     yield (
@@ -201,7 +210,7 @@ def _few_cells(summary: pd.DataFrame) -> Iterable[str]:
 
 def _shares(shares: pd.Series[float]) -> str:
     """``88 % (layer 8), 89 % (layers 12 and 16)``, layers in order."""
-    percents = shares.map(lambda share: f"{100 * share:.0f} %")
+    percents = shares.map(lambda share: f"{round(100 * share)} %")
     found = [
         f"{percent} ({_layers(layers.index)})"
         for percent, layers in percents.groupby(percents, sort=False)
@@ -218,8 +227,11 @@ def _share(row: Mapping[str, Any], name: str) -> str:
 
 
 def _side(contrast: Mapping[str, Any]) -> int:
-    """-1 where the interval of a difference lies below 0, 1 above, 0 around it."""
-    return -1 if contrast["hi"] < 0 else 1 if contrast["lo"] > 0 else 0
+    """-1 where the interval of a difference lies below 0, 1 above, 0 around it.
+
+    Differences below `KL_FLOOR` are rounding.
+    """
+    return -1 if contrast["hi"] < -KL_FLOOR else 1 if contrast["lo"] > KL_FLOOR else 0
 
 
 def _records(table: pd.DataFrame) -> list[dict[str, Any]]:

@@ -20,14 +20,18 @@ def find_markers(text: str, markers: Iterable[str]) -> list[tuple[str, int, int]
     Returns:
         (marker, start, end), so that ``text[start:end]`` is what was found.
     """
-    # The few characters that lower-casing makes longer stay as they are, so that indices hold.
-    lowered = "".join(c.lower() if len(c.lower()) == 1 else c for c in text)
+    lowered = text.lower()
+    # Some characters get longer: from an index of the lowered text back to the text's own.
+    origin = [index for index, character in enumerate(text) for _ in character.lower()]
     found = []
     for marker in markers:
         pattern = re.escape(marker)
         if " " not in marker and "-" not in marker:
-            pattern = rf"\b{pattern}\b"
-        found += [(marker, match.start(), match.end()) for match in re.finditer(pattern, lowered)]
+            pattern = rf"(?<!\w){pattern}(?!\w)"
+        found += [
+            (marker, origin[match.start()], origin[match.end() - 1] + 1)
+            for match in re.finditer(pattern, lowered)
+        ]
     return sorted(found, key=lambda occurrence: occurrence[1:])
 
 

@@ -273,7 +273,8 @@ def marker_contrasts(table: pd.DataFrame) -> pd.DataFrame:
                         "hi": high,
                     }
                 )
-    return pd.DataFrame(rows)
+    columns = ["condition", "position", "layers", "control", "measure"]
+    return pd.DataFrame(rows, columns=[*columns, "n", "difference", "lo", "hi"])
 
 
 def _wide(table: pd.DataFrame, *values: str) -> tuple[pd.DataFrame, list[pd.DataFrame]]:

@@ -7,6 +7,7 @@ The blocks of README.md call these functions through cog (``make readme``); each
 from __future__ import annotations
 
 import atexit
+import io
 import os
 import shlex
 import shutil
@@ -18,11 +19,16 @@ from functools import cache
 from pathlib import Path
 
 import pandas as pd
+from persona_cli import reproduce
+from rich.console import Console
+
+from persona_nnsight.findings import findings
+from persona_nnsight.runs import read_table
 
 PROJECT = Path(__file__).parents[1]
 
-#: Where `figure` draws; the test draws elsewhere and compares.
-figure_directory = PROJECT / "docs"
+#: The run that is committed, made by ``persona reproduce --out outputs/example``.
+EXAMPLE_RUN = PROJECT / "outputs" / "example"
 
 SHORT_RUN = "persona substitute --grid short"
 
@@ -34,6 +40,15 @@ personas:
 tasks:
   egg: Explain how to boil an egg.
   menu: Plan a dinner for four.
+"""
+
+LATER = """\
+name: later
+personas: {yoda: Yoda, marx: Karl Marx}
+tasks:
+  egg: Explain how to boil an egg.
+  bike: Explain how to ride a bicycle.
+  rain: Describe a rainy afternoon.
 """
 
 SCRIPT = """\
@@ -162,14 +177,6 @@ def python(code: str) -> str:
     return fenced(code, "python") + "\n" + fenced(output_of([sys.executable, "-c", code]), "text")
 
 
-def figure() -> str:
-    """The figure of the README, drawn from the run that the README shows."""
-    stdout(SHORT_RUN)
-    script = str(PROJECT / "docs" / "figure.py")
-    output_of([sys.executable, script, str(short_run()), "--into", str(figure_directory)])
-    return "![KL by layer at p_last, g1 and g2, for three written vectors](docs/kl_by_layer.svg)\n"
-
-
 def short_run() -> Path:
     """The run directory of `SHORT_RUN`."""
     stdout(SHORT_RUN)
@@ -255,6 +262,29 @@ def injection() -> str:
         while the tokens after it go on attending to a prompt that names no persona.
         """
     )
+
+
+def norm() -> str:
+    """What the layer's input norm does to the interaction, on the short grid of the example."""
+    table = read_table(EXAMPLE_RUN / "table1" / "geometry.csv")
+    sentences = findings("capture", {"geometry": table})
+    return paragraphs("In the example run, on the short grid: " + " ".join(sentences))
+
+
+def reproduction() -> str:
+    """Tables 2 and 4 of the example run, as the command shows them, with its findings."""
+    text = io.StringIO()
+    console = Console(file=text, width=100, color_system=None)
+    for name, command in (("table2", "substitute"), ("table4", "inject")):
+        console.print(reproduce.TITLES[name])
+        console.print(reproduce.show_table(name, read_table(EXAMPLE_RUN / f"{name}.csv")))
+        run = EXAMPLE_RUN / name
+        tables = {kind: read_table(run / f"{kind}.csv") for kind in ("summary", "contrasts")}
+        for sentence in findings(command, tables):
+            console.print(f"\n{sentence}", highlight=False)
+        console.print()
+    lines = [line.rstrip() for line in text.getvalue().rstrip().splitlines()]
+    return fenced("\n".join(lines) + "\n", "text")
 
 
 def paragraphs(text: str) -> str:

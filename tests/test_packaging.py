@@ -32,6 +32,7 @@ def test_contents(wheel: Path) -> None:
         "persona_nnsight/builtin_grids/short.yaml",
         "persona_nnsight/builtin_grids/long.yaml",
         "persona_nnsight/py.typed",
+        "persona_nnsight/reproduction/published.csv",
     ):
         assert needed in names
     assert any(name.endswith("licenses/LICENSE") for name in names)
@@ -62,3 +63,5 @@ def test_it_works_alone(wheel: Path, tmp_path: Path, tiny_dir: Callable[..., Pat
     table = pd.read_csv(tmp_path / "run" / "kl.csv")
     assert len(table) == 3 * 3
     assert table["kl"].notna().all()
+    persona("report", "run")
+    assert "</html>" in (tmp_path / "run" / "report.html").read_text(encoding="utf-8")

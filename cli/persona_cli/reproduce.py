@@ -35,7 +35,7 @@ if TYPE_CHECKING:
     from persona_nnsight.reproduction.protocol import Study
     from persona_nnsight.reproduction.reproduce import Reproduction
 
-_TITLES = {
+TITLES = {
     "table1": "Table 1: additive substitution, short grid",
     "table2": "Table 2: additive substitution, long grid",
     "table3": "Table 3: markers in 80 tokens, review tasks",
@@ -100,7 +100,7 @@ def reproduce(
             print(json.dumps({"command": "reproduce", "rows": tables}, indent=1))
             return
         for study in studies:
-            (output() if run.dry_run else notes).print(_TITLES[study.table], style="italic")
+            (output() if run.dry_run else notes).print(TITLES[study.table], style="italic")
             show_costs(skeleton, study.grid, study.plan, run)
 
     ready = prepare(
@@ -128,8 +128,8 @@ def reproduce(
         print(json.dumps(_summary(made, ready.out), indent=1, ensure_ascii=False))
     else:
         for name, result in made.results.items():
-            output().print(Rule(_TITLES[name], align="left", style="dim"))
-            output().print(_table(name, made.table(name)))
+            output().print(Rule(TITLES[name], align="left", style="dim"))
+            output().print(show_table(name, made.table(name)))
             show_findings(result)
             output().print()
         show_files(ready.out)
@@ -167,7 +167,7 @@ def _summary(made: Reproduction, directory: Path) -> dict[str, Any]:
     }
 
 
-def _table(name: str, rows: pd.DataFrame) -> Table:
+def show_table(name: str, rows: pd.DataFrame) -> Table:
     """The numbers over all cells that the paper has too, with their controls."""
     over_all = rows[(rows["persona"] == "") & (rows["task"] == "")]
     theirs = str(rows["published_model"].iloc[0]).rpartition("/")[2]

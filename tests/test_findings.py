@@ -1,0 +1,651 @@
+"""Which sentences a run's tables allow, and which they do not."""
+
+from __future__ import annotations
+
+import math
+import re
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+
+import pandas as pd
+import pytest
+
+from persona_nnsight.findings import findings
+from persona_nnsight.runs import read_table
+from persona_nnsight.tables import contrasts, kl_summary, marker_contrasts, marker_summary
+
+NAN = math.nan
+
+BELOW, ACROSS, ABOVE, UNKNOWN = (-0.3, -0.1), (-0.2, 0.1), (0.1, 0.4), (NAN, NAN)
+"""Intervals of a difference; the last is that of too few cells."""
+
+
+def summary_row(
+    condition: str,
+    layers: str,
+    median: float,
+    *,
+    position: str = "p_last",
+    n: int = 12,
+    share: float = NAN,
+    of: str = "recovered",
+    **factors: float,
+) -> dict[str, object]:
+    """A row of ``summary.csv`` with intervals a tenth to either side, where cells suffice."""
+    wide = 0.1 if n >= 5 else NAN
+    return {
+        "condition": condition,
+        "host": "XY" if of == "recovered" else "BY",
+        "position": position,
+        "layers": layers,
+        **factors,
+        "median": median,
+        "median_lo": median - wide,
+        "median_hi": median + wide,
+        "n": n,
+        of: share,
+        f"{of}_lo": share - wide,
+        f"{of}_hi": share + wide,
+    }
+
+
+def contrast_row(
+    condition: str,
+    control: str,
+    layers: str,
+    ends: tuple[float, float],
+    *,
+    position: str = "p_last",
+    n: int = 12,
+    lower: int = 6,
+) -> dict[str, object]:
+    return {
+        "host": "XY",
+        "position": position,
+        "layers": layers,
+        "condition": condition,
+        "control": control,
+        "n": n,
+        "difference": sum(ends) / 2,
+        "lo": ends[0],
+        "hi": ends[1],
+        "lower": lower,
+    }
+
+
+def said(
+    command: str,
+    summary: Sequence[Mapping[str, object]],
+    contrasts: Sequence[Mapping[str, object]] = (),
+) -> list[str]:
+    # No row, but the columns, as `tables.contrasts` gives it.
+    columns = list(contrast_row("additive", "bb", "8", ACROSS))
+    frames = {
+        "summary": pd.DataFrame(summary),
+        "contrasts": pd.DataFrame(contrasts, columns=None if contrasts else columns),
+    }
+    return findings(command, frames)
+
+
+# --- substitute
+
+
+def test_a_substitution_is_set_against_its_controls_layer_by_layer() -> None:
+    layers = ["8", "12", "16", "21", "26"]
+    shares = [0.881, 0.6, 0.602, -0.15, 0.878]
+    medians = [0.05, 0.5, 0.0999, 0.1, 1.5]  # of bb
+    (sentence,) = said(
+        "substitute",
+        [
+            *(
+                summary_row("additive", layer, 0.1, share=share)
+                for layer, share in zip(layers, shares, strict=True)
+            ),
+            *(summary_row("by", layer, 0.01, share=0.5) for layer in layers),
+            *(
+                summary_row("bb", layer, median, share=0.0)
+                for layer, median in zip(layers, medians, strict=True)
+            ),
+        ],
+        [
+            *(contrast_row("additive", "bb", layer, BELOW) for layer in layers),
+            *(
+                contrast_row("additive", "by", layer, ends)
+                for layer, ends in zip(layers, [BELOW, ABOVE, ABOVE, ACROSS, UNKNOWN], strict=True)
+            ),
+            *(contrast_row("additive", "other_x", layer, ACROSS) for layer in layers),
+        ],
+    )
+    assert sentence == (
+        "At p_last the additive vector recovers 88 % (layers 8 and 26), 60 % (layers 12 and 16), "
+        "-15 % (layer 21) of what writing h_BB loses; it costs less than leaving the persona out "
+        "(by) at layer 8, costs more than it at layers 12 and 16 and cannot be told apart from it "
+        "at layer 21; it cannot be told apart from another persona's Δ_X (other_x) at layers 8, "
+        "12, 16, 21 and 26. At layers 8 and 16 a low KL is nearly free: even h_BB costs no more "
+        "than 0.1 nats."
+    )
+
+
+@pytest.mark.parametrize(
+    ("ends", "verdict"),
+    [
+        ((-0.2, -2e-5), "costs less than"),
+        ((-0.2, -1e-6), "cannot be told apart from"),
+        ((-0.2, 0.0), "cannot be told apart from"),
+        ((0.0, 0.0), "cannot be told apart from"),
+        ((0.0, 0.2), "cannot be told apart from"),
+        ((1e-6, 0.2), "cannot be told apart from"),
+        ((2e-5, 0.2), "costs more than"),
+    ],
+)
+def test_only_an_interval_that_leaves_out_rounding_tells_apart(
+    ends: tuple[float, float], verdict: str
+) -> None:
+    (sentence,) = said(
+        "substitute",
+        [summary_row("additive", "8", 0.2, share=0.8), summary_row("bb", "8", 1.0, share=0.0)],
+        [contrast_row("additive", "by", "8", ends)],
+    )
+    assert sentence == (
+        "At p_last the additive vector recovers 80 % (layer 8) of what writing h_BB loses; "
+        f"it {verdict} leaving the persona out (by) at layer 8."
+    )
+
+
+def test_each_position_has_its_own_sentence_and_controls() -> None:
+    first, second = said(
+        "substitute",
+        [
+            summary_row(condition, "8", median, position=position, share=share)
+            for condition, position, median, share in (
+                ("additive", "p_last", 0.2, 0.8),
+                ("additive", "g1", 0.02, 0.6),
+                ("bb", "p_last", 1.0, 0.0),
+                ("bb", "g1", 0.05, 0.0),
+            )
+        ],
+        [
+            contrast_row("additive", "by", "8", ABOVE),
+            contrast_row("additive", "by", "8", BELOW, position="g1"),
+            # Of another condition: no verdict on the additive vector.
+            contrast_row("remove_x", "other_x", "8", BELOW, position="g1"),
+        ],
+    )
+    assert first.startswith("At p_last the additive vector recovers 80 % (layer 8) of")
+    assert first.endswith("; it costs more than leaving the persona out (by) at layer 8.")
+    assert second.startswith("At g1 the additive vector recovers 60 % (layer 8) of")
+    assert "; it costs less than leaving the persona out (by) at layer 8. At layer 8" in second
+    assert second.endswith(" a low KL is nearly free: even h_BB costs no more than 0.05 nats.")
+
+
+def test_nothing_is_said_of_a_substitution_without_the_controls_it_needs() -> None:
+    additive = summary_row("additive", "8", 0.2)
+    by = summary_row("by", "8", 0.3)
+    against = [contrast_row("additive", "by", "8", BELOW)]
+    assert said("substitute", [additive, by], against) == []
+    del additive["recovered"]
+    del by["recovered"]
+    assert said("substitute", [additive, by], against) == []
+    assert said("substitute", [by, summary_row("bb", "8", 0.01, share=0.0)]) == [
+        "At p_last, layer 8, a low KL is nearly free: even h_BB costs no more than 0.01 nats."
+    ]
+
+
+def test_a_share_of_nothing_has_no_sign() -> None:
+    (sentence,) = said(
+        "substitute",
+        [summary_row("additive", "8", 1.0, share=-0.002), summary_row("bb", "8", 1.0, share=0.0)],
+    )
+    assert "recovers 0 % (layer 8)" in sentence
+
+
+@pytest.mark.parametrize(
+    ("n", "ending"),
+    [
+        (1, "1 cell is too few for intervals; expect other cells to differ."),
+        (4, "4 cells are too few for intervals; expect other cells to differ."),
+    ],
+)
+def test_few_cells_get_a_warning_and_no_verdict(n: int, ending: str) -> None:
+    sentence, warning = said(
+        "substitute",
+        [
+            summary_row("additive", "8", 0.2, share=0.8, n=n),
+            summary_row("bb", "8", 1.0, share=0.0, n=n),
+            summary_row("by", "8", 0.5, share=0.5, n=n),
+        ],
+        [contrast_row("additive", "by", "8", UNKNOWN, n=n, lower=n)],
+    )
+    assert sentence == (
+        "At p_last the additive vector recovers 80 % (layer 8) of what writing h_BB loses."
+    )
+    assert warning == ending
+
+
+def test_no_warning_where_only_some_edits_lack_cells() -> None:
+    found = said(
+        "substitute",
+        [
+            summary_row("additive", "8", 0.2, share=0.8),
+            summary_row("bb", "8", 1.0, share=0.0),
+            summary_row("by", "8", 1.0, share=0.0, n=2),
+        ],
+        [contrast_row("additive", "by", "8", UNKNOWN, n=2)],
+    )
+    assert len(found) == 1
+    assert "leaving the persona out" not in found[0]
+
+
+# --- inject
+
+
+def injection(**shares: Sequence[float]) -> list[dict[str, object]]:
+    layers = ["8", "14", "8+14"]
+    return [
+        summary_row("host", "none", 3.054, share=0.0, of="gap_closed"),
+        *(
+            summary_row(condition, layer, 2.0, share=share, of="gap_closed")
+            for condition, values in shares.items()
+            for layer, share in zip(layers, values, strict=False)
+        ),
+    ]
+
+
+def test_an_injection_is_told_by_its_best_layers() -> None:
+    found = said(
+        "inject",
+        injection(oracle=[0.1, 0.234, NAN], cached=[-0.3, -0.2, -0.052]),
+        [
+            contrast_row("oracle", "host", "8", ACROSS),
+            contrast_row("oracle", "host", "14", BELOW),
+            contrast_row("oracle", "host", "8+14", ACROSS),
+            contrast_row("cached", "host", "8", BELOW),
+            contrast_row("cached", "host", "14", BELOW),
+            contrast_row("cached", "host", "8+14", ABOVE),
+        ],
+    )
+    host, oracle, cached = found
+    assert host == (
+        "The prompt without the persona is 3.05 nats from the prompt with it (median of 12 cells)."
+    )
+    assert oracle == (
+        "Writing the true residual (oracle) closes at most 23 % (13 to 33) of that gap, at layer "
+        "14; its KL is below the unedited prompt's."
+    )
+    assert cached.startswith("Writing h_BB + Δ_X + Δ_Y (cached) closes at most -5 % (-15 to 5)")
+    assert "8+14; its KL is above the unedited prompt's." in cached
+
+
+@pytest.mark.parametrize(
+    ("ends", "verdict"),
+    [
+        (ACROSS, "its KL cannot be told apart from the unedited prompt's."),
+        (UNKNOWN, "its KL is below in 3 of 4 cells against the unedited prompt's."),
+    ],
+)
+def test_an_injection_that_is_not_told_apart(ends: tuple[float, float], verdict: str) -> None:
+    found = said(
+        "inject",
+        injection(oracle=[0.1]),
+        [contrast_row("oracle", "host", "8", ends, n=4, lower=3)],
+    )
+    assert len(found) == 2
+    assert found[1].endswith(verdict)
+
+
+def test_an_injection_of_one_cell() -> None:
+    found = said(
+        "inject",
+        [
+            summary_row("host", "none", 2.0, n=1, share=0.0, of="gap_closed"),
+            summary_row("oracle", "8", 1.5, n=1, share=0.25, of="gap_closed"),
+        ],
+        [contrast_row("oracle", "host", "8", UNKNOWN, n=1, lower=1)],
+    )
+    assert found[1:] == [
+        "Writing the true residual (oracle) closes at most 25 % of that gap, at layer 8; its KL "
+        "is below in 1 of 1 cells against the unedited prompt's.",
+        "1 cell is too few for intervals; expect other cells to differ.",
+    ]
+
+
+def test_an_injection_without_a_gap_has_none_closed() -> None:
+    found = said("inject", injection(oracle=[NAN], cached=[NAN]))
+    assert len(found) == 1
+    assert found[0].startswith("The prompt without the persona is")
+
+
+def test_an_injection_that_was_interrupted_at_its_host() -> None:
+    assert said("inject", injection()) == [
+        "The prompt without the persona is 3.05 nats from the prompt with it (median of 12 cells)."
+    ]
+
+
+# --- steer
+
+
+def steering(
+    *rows: tuple[float, float, float, float], of: str = "recovered", n: int = 12
+) -> list[dict[str, object]]:
+    """Rows of α, β, median and share, under their control."""
+    control = ("bb", "8") if of == "recovered" else ("host", "none")
+    return [
+        summary_row(*control, 3.0, share=0.0, of=of, n=n, alpha=NAN, beta=NAN),
+        *(
+            summary_row("steer", "8", median, share=share, of=of, n=n, alpha=alpha, beta=beta)
+            for alpha, beta, median, share in rows
+        ),
+    ]
+
+
+def test_a_steering_is_told_by_its_ends_and_its_lowest_kl() -> None:
+    found = said(
+        "steer",
+        steering(
+            (2.0, 1.0, 1.234, 0.5),  # not in order
+            (0.0, 1.0, 0.9, 0.7),
+            (1.0, 1.0, 0.25, 0.88),
+            (1.5, 1.0, 0.3, 0.99),
+            (0.0, 0.0, 3.0, 0.0),
+            (1.0, 0.0, 4.0, -0.3),
+            (2.0, 0.0, 5.0, -0.6),
+        ),
+    )
+    assert found == [
+        "With β = 1 the median KL is 0.9 at α = 0 and 1.23 at α = 2 nats, lowest at α = 1 (0.25); "
+        "there the vector recovers 88 % (78 to 98) of what h_BB loses.",
+        "With β = 0 the median KL is 3 at α = 0 and 5 at α = 2 nats, lowest at α = 0 (3); "
+        "there the vector recovers 0 % (-10 to 10) of what h_BB loses.",
+    ]
+
+
+def test_a_steering_into_the_prompt_without_the_persona() -> None:
+    (sentence,) = said(
+        "steer",
+        steering((0, 1, 2, 0.1), (1, 1, 1.5, 0.25), (2, 1, 1.75, 0.2), of="gap_closed"),
+    )
+    assert sentence.endswith(
+        ", lowest at α = 1 (1.5); there the vector closes 25 % (15 to 35) of the gap to the prompt "
+        "with the persona."
+    )
+
+
+def test_a_share_belongs_to_a_named_factor() -> None:
+    """Of two factors the share is that of the one with the lower KL, and has to say so."""
+    (sentence,) = said("steer", steering((0.0, 1.0, 0.5, 0.8), (1.0, 1.0, 1.0, 0.6)))
+    assert "80 % (70 to 90)" in sentence
+    assert "lowest at α = 0 (0.5)" in sentence
+
+
+def test_a_single_factor() -> None:
+    found = said("steer", steering((1.0, 0.5, 0.25, 0.88), n=3))
+    assert found == [
+        "With β = 0.5 the median KL is 0.25 at α = 1 nats; there the vector recovers 88 % of what "
+        "h_BB loses.",
+        "3 cells are too few for intervals; expect other cells to differ.",
+    ]
+
+
+def test_a_steering_with_nothing_to_recover_names_no_share() -> None:
+    (sentence,) = said("steer", steering((0, 1, 1e-6, NAN), (1, 1, 2e-6, NAN), (2, 1, 0, NAN)))
+    assert "recovers" not in sentence
+    assert "there" not in sentence
+    assert sentence.endswith("lowest at α = 2 (0).")
+
+
+def test_a_steering_that_was_interrupted_at_its_control() -> None:
+    assert said("steer", steering()) == []
+
+
+# --- markers
+
+
+def markers_table(counts: Mapping[tuple[str, str], Sequence[int]]) -> pd.DataFrame:
+    return pd.DataFrame(
+        [
+            {
+                "persona": f"p{cell}",
+                "task": "t",
+                "condition": condition,
+                "position": "none" if layers == "none" else "p_last",
+                "layers": layers,
+                "any": count > 0,
+                "distinct": count,
+                "hits": "",
+            }
+            for (condition, layers), counted in counts.items()
+            for cell, count in enumerate(counted)
+        ]
+    )
+
+
+def said_of_markers(counts: Mapping[tuple[str, str], Sequence[int]]) -> list[str]:
+    table = markers_table(counts)
+    return findings(
+        "markers",
+        {
+            "markers": table,
+            "summary": marker_summary(table),
+            "contrasts": marker_contrasts(table),
+        },
+    )
+
+
+def test_markers_are_counted_and_compared() -> None:
+    found = said_of_markers(
+        {
+            ("clean", "none"): [2, 2, 2, 2, 2, 0],
+            ("additive", "8"): [2, 2, 2, 2, 2, 0],
+            ("additive", "14"): [3, 3, 3, 3, 3, 1],
+            ("remove_x", "8"): [1, 1, 1, 1, 1, 0],
+            ("bare", "none"): [0] * 6,
+        }
+    )
+    assert found == [
+        "Of 6 texts, a marker of the persona occurs in 5 under clean, 5 under additive at 8, 6 "
+        "under additive at 14, 5 under remove_x at 8 and 0 under bare.",
+        "There are fewer distinct markers under remove_x at 8 than clean, remove_x at 8 than "
+        "additive and bare than clean.",
+        "There are more distinct markers under additive at 14 than clean.",
+        "The number of distinct markers does not tell additive at 8 from clean.",
+    ]
+
+
+def test_markers_of_few_cells_are_counted_alone() -> None:
+    assert said_of_markers({("clean", "none"): [2], ("bare", "none"): [0]}) == [
+        "Of 1 texts, a marker of the persona occurs in 1 under clean and 0 under bare.",
+        "1 cell is too few for intervals; expect other cells to differ.",
+    ]
+
+
+def test_markers_of_a_run_that_was_interrupted_at_the_clean_texts() -> None:
+    assert said_of_markers({("clean", "none"): [2, 2, 2, 2, 2, 0]}) == [
+        "Of 6 texts, a marker of the persona occurs in 5 under clean."
+    ]
+
+
+def test_markers_of_an_interrupted_run_are_compared_where_cells_suffice() -> None:
+    found = said_of_markers(
+        {
+            ("clean", "none"): [2, 2, 2, 2, 2, 2],
+            ("additive", "8"): [1, 1, 1, 1, 1],
+            ("remove_x", "8"): [0, 0],
+        }
+    )
+    assert found[1:] == ["There are fewer distinct markers under additive at 8 than clean."]
+
+
+def test_a_count_of_fewer_texts_says_of_how_many() -> None:
+    """Five of five is no loss against six of six."""
+    sentence = said_of_markers(
+        {("clean", "none"): [1, 1, 1, 1, 1, 1], ("additive", "8"): [1, 1, 1, 1, 1]}
+    )[0]
+    assert re.search(r"\bof 5\b", sentence)
+
+
+# --- capture
+
+
+def geometry(
+    cells: int, normed: Mapping[tuple[str, int], float] | None = None, start: float = 0.5
+) -> pd.DataFrame:
+    """Two positions at two layers; Inter is 40, 50, 60 and 70 % of Δ_XY at the sites in turn."""
+    sites = [("p_last", 8), ("p_last", 14), ("g1", 8), ("g1", 14)]
+    rows = []
+    for cell in range(cells):
+        for number, (position, layer) in enumerate(sites):
+            spread = (cell - (cells - 1) / 2) / 100
+            row: dict[str, object] = {
+                "persona": f"p{cell}",
+                "task": "t",
+                "position": position,
+                "layer": layer,
+                "cos_xy_sum": start + number / 10 + spread,
+                "inter_over_xy": 0.4 + number / 10 + spread,
+            }
+            if normed is not None:
+                change = normed[position, layer]
+                row["inter_over_xy_normed"] = 0.4 + number / 10 + spread + change
+            rows.append(row)
+    return pd.DataFrame(rows)
+
+
+ADDED_UP = (
+    "The effects add up in direction, cos(Δ_XY, Δ_X+Δ_Y) 0.50 to 0.80, while ‖Inter‖ is 40 to "
+    "70 % of ‖Δ_XY‖."
+)
+
+
+def test_a_capture_tells_direction_and_rest() -> None:
+    assert findings("capture", {"geometry": geometry(7)}) == [ADDED_UP]
+
+
+def test_a_capture_tells_what_the_norm_absorbs() -> None:
+    changes = {("p_last", 8): -0.25, ("p_last", 14): 0.0, ("g1", 8): 0.5, ("g1", 14): -0.25}
+    found = findings("capture", {"geometry": geometry(7, changes)})
+    assert found == [
+        ADDED_UP,
+        "The layer's input norm, which the paper supposes to absorb part of Inter, makes "
+        "‖Inter‖/‖Δ_XY‖ smaller at 2 of 4 sites and larger at 1 (median change -0.125).",
+    ]
+
+
+def test_a_change_that_goes_either_way_is_neither_smaller_nor_larger() -> None:
+    table = geometry(8, dict.fromkeys([("p_last", 8), ("p_last", 14), ("g1", 8), ("g1", 14)], 0.0))
+    sign = table["persona"].map(lambda name: 1 if int(name[1:]) % 2 else -1)
+    table["inter_over_xy_normed"] = table["inter_over_xy"] + 0.25 * sign
+    _, sentence = findings("capture", {"geometry": table})
+    assert "smaller at 0 of 4 sites and larger at 0 " in sentence
+
+
+def test_few_cells_say_nothing_about_the_norm() -> None:
+    changes = dict.fromkeys([("p_last", 8), ("p_last", 14), ("g1", 8), ("g1", 14)], -0.25)
+    found = findings("capture", {"geometry": geometry(4, changes)})
+    assert found == [ADDED_UP]
+    assert len(findings("capture", {"geometry": geometry(1)})) == 1
+
+
+def test_a_capture_with_sites_that_no_continuation_reached() -> None:
+    changes = dict.fromkeys([("p_last", 8), ("p_last", 14), ("g1", 8), ("g1", 14)], -0.25)
+    table = geometry(7, changes)
+    measures = ["cos_xy_sum", "inter_over_xy", "inter_over_xy_normed"]
+    table.loc[table["position"] == "g1", measures] = NAN
+    first, second = findings("capture", {"geometry": table})
+    assert first == ADDED_UP.replace("0.80", "0.60").replace("70 %", "50 %")
+    assert "smaller at 2 of " in second
+    assert "nan" not in second
+
+
+# --- all of them
+
+
+def test_missing_and_empty_tables_say_nothing() -> None:
+    for command in ("capture", "substitute", "inject", "steer", "markers", "reproduce"):
+        assert findings(command, {}) == []
+        assert findings(command, {"geometry": pd.DataFrame(columns=["persona", "task"])}) == []
+    assert findings("substitute", {"geometry": geometry(7)}) == []
+
+
+@pytest.mark.parametrize("command", ["substitute", "steer", "capture"])
+def test_numbers_that_are_missing_are_not_printed(command: str) -> None:
+    """As a position leaves them that no continuation reaches."""
+    if command == "capture":
+        table = geometry(1)
+        table[["cos_xy_sum", "inter_over_xy"]] = NAN
+        found = findings(command, {"geometry": table})
+    else:
+        rows = {
+            "substitute": [("additive", NAN), ("bb", NAN), ("by", NAN)],
+            "steer": [("bb", NAN), ("steer", 0.0), ("steer", 1.0), ("steer", 2.0)],
+        }[command]
+        summary = [
+            summary_row(name, "8", NAN, n=0, alpha=alpha, beta=NAN if name == "bb" else 1.0)
+            for name, alpha in rows
+        ]
+        contrast = contrast_row(rows[1][0], rows[0][0], "8", UNKNOWN, n=0, lower=0)
+        found = said(command, summary, [contrast])
+    assert not [sentence for sentence in found if "nan" in sentence.lower()]
+
+
+def run_tables(command: str) -> dict[str, pd.DataFrame]:
+    """Small tables as a run makes them, from KLs that differ by condition, layer and cell."""
+    edits: dict[str, list[tuple[str, str, str, float, float]]] = {
+        "substitute": [
+            (condition, "XY", layers, NAN, NAN)
+            for condition in ("additive", "bb", "by", "clean")
+            for layers in ("8", "14")
+        ],
+        "inject": [
+            ("host", "BY", "none", NAN, NAN),
+            *((name, "BY", lay, NAN, NAN) for name in ("oracle", "cached") for lay in ("8", "14")),
+        ],
+        "steer": [
+            ("bb", "XY", "8", NAN, NAN),
+            *(("steer", "XY", "8", alpha, beta) for beta in (1.0, 0.0) for alpha in (0.0, 1.0, 2)),
+        ],
+    }
+    names = ["condition", "host", "layers", *(["alpha", "beta"] if command == "steer" else [])]
+    table = pd.DataFrame(
+        [
+            {
+                "persona": f"p{cell}",
+                "task": "t",
+                "position": "p_last",
+                **dict(zip(names, edit, strict=False)),
+                "kl": 0.25 * (1 + (3 * number + cell) % 7) + cell / 16,
+                "n_tokens": 10,
+            }
+            for cell in range(7)
+            for number, edit in enumerate(edits[command])
+        ]
+    )
+    if command == "inject":
+        host = table[table["condition"] == "host"].set_index("persona")["kl"]
+        table["gap_closed"] = 1 - table["kl"] / table["persona"].map(host)
+    return {"kl": table, "summary": kl_summary(table), "contrasts": contrasts(table)}
+
+
+@pytest.mark.parametrize("command", ["substitute", "inject", "steer"])
+def test_the_tables_on_disk_say_the_same(command: str, tmp_path: Path) -> None:
+    tables = run_tables(command)
+    found = findings(command, tables)
+    assert found
+    for name, table in tables.items():
+        table.to_csv(tmp_path / f"{name}.csv", index=False)
+    assert findings(command, {name: read_table(tmp_path / f"{name}.csv") for name in tables}) == (
+        found
+    )
+
+
+@pytest.mark.parametrize("command", ["substitute", "inject", "steer"])
+def test_a_run_can_be_interrupted_after_any_row(command: str) -> None:
+    """Edits come one after the other, each for every cell."""
+    whole = run_tables(command)["kl"]
+    names = ["condition", "layers", *whole.filter(["alpha", "beta"])]
+    edit = whole.groupby(names, sort=False, dropna=False).ngroup()
+    order = edit.sort_values(kind="stable").index
+    for rows in (*range(1, 16), *range(16, len(whole), 5)):
+        table = whole.loc[sorted(order[:rows])]
+        tables = {"summary": kl_summary(table), "contrasts": contrasts(table)}
+        for sentence in findings(command, tables):
+            assert "nan" not in sentence.lower()

@@ -1,0 +1,653 @@
+"""The tables over cells, on numbers worked out by hand."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import numpy as np
+import pandas as pd
+import pytest
+import torch
+
+from persona_nnsight.engine import Scored
+from persona_nnsight.grids import Grid
+from persona_nnsight.plan import CellPlan, Edit, Plan
+from persona_nnsight.tables import (
+    Text,
+    contrasts,
+    geometry_summary,
+    geometry_table,
+    kl_summary,
+    kl_table,
+    marker_contrasts,
+    marker_summary,
+    marker_table,
+)
+
+NAN = math.nan
+FLOOR = 1e-5
+EditKey = tuple[str, str, str, str]
+"""Condition, host, position, layers."""
+
+
+def plan(*edits: Edit, cells: int = 2) -> Plan:
+    """Nothing but what tables read: cells (p0, t), (p1, t), … and edits."""
+    return Plan(
+        command="substitute",
+        prompts=(),
+        cells=tuple(CellPlan(f"p{i}", "t", {}, seed=i) for i in range(cells)),
+        layers=(8, 14),
+        positions=("p_last", "g1"),
+        window=10,
+        edits=edits,
+        keeps_residuals=False,
+        eos_ids=(),
+        pad_id=0,
+        seed=0,
+    )
+
+
+def kl_frame(kls: Mapping[EditKey, Sequence[float]], **columns: Sequence[float]) -> pd.DataFrame:
+    """A KL table with as many cells as every edit has numbers; `columns` are by edit."""
+    rows = [
+        {
+            "persona": f"p{cell}",
+            "task": "t",
+            **dict(zip(("condition", "host", "position", "layers"), edit, strict=True)),
+            **{name: by_edit[number] for name, by_edit in columns.items()},
+            "kl": by_cell[cell],
+            "n_tokens": 10,
+        }
+        for cell in range(len(next(iter(kls.values()))))
+        for number, (edit, by_cell) in enumerate(kls.items())
+    ]
+    table = pd.DataFrame(rows)
+    if "BY" in set(table["host"]):
+        of = table[table["condition"] == "host"].set_index("persona")["kl"]
+        table["gap_closed"] = 1 - table["kl"] / table["persona"].map(of)
+    return table
+
+
+def at(condition: str, position: str = "p_last", layers: str = "8", host: str = "XY") -> EditKey:
+    return (condition, host, position, layers)
+
+
+def into_by(condition: str, layers: str = "8") -> EditKey:
+    return at(condition, layers="none" if condition == "host" else layers, host="BY")
+
+
+def row_of(table: pd.DataFrame, **wanted: object) -> dict[str, Any]:
+    """The one row with these values."""
+    found = table
+    for name, value in wanted.items():
+        found = found[found[name] == value]
+    assert len(found) == 1, (wanted, found)
+    return {str(name): value for name, value in found.iloc[0].items()}
+
+
+def values(table: pd.DataFrame, row: int, *names: str) -> list[float]:
+    return [float(table[name].iloc[row]) for name in names]
+
+
+def approx(*numbers: float) -> Any:
+    return pytest.approx(list(numbers), nan_ok=True)
+
+
+# --- kl_table
+
+
+def test_kl_table_of_a_substitution() -> None:
+    edits = (
+        Edit("additive", ("p_last",), (8,)),
+        Edit("additive", ("g1",), (14,)),
+        Edit("bb", ("p_last",), (8,)),
+        # Texts alone leave neither rows nor columns.
+        Edit("clean", ("p_last",), (), scored=False, generate=5),
+        Edit("steer", ("p_last",), (8,), host="BY", scored=False, generate=5),
+    )
+    scores = [
+        *(Scored(1, 2, 0.6, 10), Scored(0, 1, NAN, 0), Scored(0, 2, 0.5, 10)),
+        *(Scored(1, 0, 0.2, 9), Scored(0, 0, 0.1, 10), Scored(1, 1, 0.3, 8)),
+    ]
+    expected = pd.DataFrame(
+        [
+            ("p0", "t", "additive", "XY", "p_last", "8", 0.1, 10),
+            ("p0", "t", "additive", "XY", "g1", "14", NAN, 0),
+            ("p0", "t", "bb", "XY", "p_last", "8", 0.5, 10),
+            ("p1", "t", "additive", "XY", "p_last", "8", 0.2, 9),
+            ("p1", "t", "additive", "XY", "g1", "14", 0.3, 8),
+            ("p1", "t", "bb", "XY", "p_last", "8", 0.6, 10),
+        ],
+        columns=["persona", "task", "condition", "host", "position", "layers", "kl", "n_tokens"],
+    )
+    pd.testing.assert_frame_equal(kl_table(plan(*edits), scores), expected)
+
+
+def test_kl_table_of_an_injection_has_the_gap_closed_cell_by_cell() -> None:
+    edits = (
+        Edit("host", ("p_last",), (), host="BY"),
+        Edit("oracle", ("p_last",), (8,), host="BY"),
+        Edit("cached", ("p_last",), (8, 14), host="BY"),
+    )
+    kls = [
+        (2.0, 1.5, 2.5),
+        (4.0, 4.0, 0.0),
+        (FLOOR, 0.5 * FLOOR, FLOOR),  # at the floor there is still a gap
+        (0.9 * FLOOR, 0.0, 3.0),
+        (NAN, NAN, NAN),
+    ]
+    scores = [
+        Scored(cell, edit, kl, 10) for cell, row in enumerate(kls) for edit, kl in enumerate(row)
+    ]
+    scores.append(Scored(5, 1, 1.0, 10))  # interrupted: this cell has no host yet
+    table = kl_table(plan(*edits, cells=6), scores)
+    assert list(table.columns) == [
+        *("persona", "task", "condition", "host", "position", "layers"),
+        *("kl", "n_tokens", "gap_closed"),
+    ]
+    assert table["condition"].tolist() == ["host", "oracle", "cached"] * 5 + ["oracle"]
+    assert table["layers"].tolist() == ["none", "8", "8+14"] * 5 + ["8"]
+    assert set(table["host"]) == {"BY"}
+    assert set(table["position"]) == {"p_last"}
+    assert table["gap_closed"].tolist() == approx(
+        *(0.0, 0.25, -0.25),
+        *(0.0, 0.0, 1.0),
+        *(0.0, 0.5, 0.0),
+        *[NAN] * 7,
+    )
+
+
+@pytest.mark.parametrize("host", ["XY", "BY"])
+def test_kl_table_of_a_steering_has_the_factors(host: str) -> None:
+    both = ("p_last", "g1")
+    control = Edit("bb", both, (8,)) if host == "XY" else Edit("host", both, (), host="BY")
+    edits = (
+        control,
+        Edit("steer", both, (8,), host=host, alpha=2.0, beta=0.5),
+        Edit("steer", both, (8,), host=host, alpha=-1.0, beta=1.0),
+    )
+    table = kl_table(plan(*edits), [Scored(0, edit, kl, 10) for edit, kl in enumerate((4, 1, 3))])
+    gap = ["gap_closed"] if host == "BY" else []
+    assert list(table.columns) == [
+        *("persona", "task", "condition", "host", "position", "layers", "alpha", "beta"),
+        *("kl", "n_tokens", *gap),
+    ]
+    assert table["alpha"].tolist() == approx(NAN, 2.0, -1.0)
+    assert table["beta"].tolist() == approx(NAN, 0.5, 1.0)
+    assert table["position"].tolist() == ["p_last+g1"] * 3
+    assert table["layers"].tolist() == ["8" if host == "XY" else "none", "8", "8"]
+    if gap:
+        assert table["gap_closed"].tolist() == approx(0.0, 0.75, 0.25)
+
+
+# --- kl_summary
+
+
+def test_summary_over_cells() -> None:
+    table = kl_frame({at("additive"): [10.0, 1.0, NAN, 4.0, 2.0], at("xb"): [NAN] * 5})
+    found = kl_summary(table)
+    assert found["condition"].tolist() == ["additive", "xb"]
+    statistics = ["median", "q25", "q75", "min", "max", "n"]
+    # Linear quartiles of 1, 2, 4, 10 lie at ranks 0.75 and 2.25.
+    assert values(found, 0, *statistics) == approx(3.0, 1.75, 5.5, 1.0, 10.0, 4)
+    assert values(found, 1, *statistics) == approx(*[NAN] * 5, 0)
+    # Four of the five cells have a window: too few.
+    assert found[["median_lo", "median_hi"]].isna().all(axis=None)
+
+
+def test_edits_keep_the_order_of_the_table() -> None:
+    edits = [at("steer"), at("bb"), at("steer", layers="none"), at("steer", "g1")]
+    table = kl_frame(
+        {edit: [float(i), float(i)] for i, edit in enumerate(edits)}, alpha=[2.0, NAN, 0.0, 1.0]
+    )
+    found = kl_summary(table)
+    assert found["median"].tolist() == [0.0, 1.0, 2.0, 3.0]
+    assert found["alpha"].tolist() == approx(2.0, NAN, 0.0, 1.0)
+    assert found["position"].tolist() == ["p_last", "p_last", "p_last", "g1"]
+
+
+def test_recovered_is_of_the_medians_at_the_same_site() -> None:
+    found = kl_summary(
+        kl_frame(
+            {
+                at("additive"): [0.3, 0.1, 0.2],
+                at("additive", "g1"): [1.0, 1.0, 1.0],
+                at("additive", "p_last", "14"): [6.0, 6.0, 0.0],
+                at("additive", "g1", "14"): [1.0, 1.0, 1.0],
+                at("bb"): [1.0, 2.0, 4.0],
+                at("bb", "g1"): [10.0, 9.0, 1.0],
+                at("bb", "p_last", "14"): [4.0, 3.0, 4.0],
+            }
+        )
+    )
+    # Not the median of the shares in cells, which is 0.95 in the first row.
+    assert found["recovered"].tolist() == approx(0.9, 1 - 1 / 9, -0.5, NAN, 0, 0, 0)
+    assert "gap_closed" not in found
+
+
+def test_nothing_is_recovered_without_bb_or_below_the_floor() -> None:
+    at_floor, below = [FLOOR] * 5, [0.9 * FLOOR] * 5
+    shares = ["recovered", "recovered_lo", "recovered_hi"]
+    without = kl_summary(kl_frame({at("additive"): at_floor, at("by"): at_floor}))
+    assert without[shares].isna().all(axis=None)
+    too_low = kl_summary(kl_frame({at("additive"): at_floor, at("bb"): below}))
+    assert too_low[shares].isna().all(axis=None)
+    enough = kl_summary(kl_frame({at("additive"): below, at("bb"): at_floor}))
+    assert values(enough, 0, *shares) == approx(0.1, 0.1, 0.1)
+
+
+def test_the_gap_closed_is_the_median_of_the_shares_of_cells() -> None:
+    found = kl_summary(
+        kl_frame({into_by("host"): [1.0, 2.0, 4.0], into_by("cached"): [0.9, 1.0, 3.6]})
+    )
+    # Shares 0.1, 0.5, 0.1; the ratio of the medians would give 0.5.
+    assert row_of(found, condition="cached")["gap_closed"] == pytest.approx(0.1)
+    assert row_of(found, condition="host")["gap_closed"] == 0
+    assert found[["gap_closed_lo", "gap_closed_hi"]].isna().all(axis=None)
+    assert "recovered" not in found
+
+
+SEVEN = [5.0, 2.0, 7.0, 1.0, 6.0, 3.0, 4.0]
+"""The interval of the median of seven cells reaches from the second lowest to the second highest:
+a drawn median is at most the lowest value with chance 1 %, at most the second lowest with 10 %
+(``test_bootstrap.py``)."""
+
+
+def test_the_intervals_of_seven_cells() -> None:
+    table = kl_frame({at("additive"): SEVEN, at("bb"): [10.0] * 7})
+    found = row_of(kl_summary(table), condition="additive")
+    assert (found["median_lo"], found["median"], found["median_hi"]) == (2, 4, 6)
+    shares = [found[f"recovered{end}"] for end in ("_lo", "", "_hi")]
+    assert shares == approx(0.4, 0.6, 0.8)
+
+
+def test_the_interval_of_the_gap_closed() -> None:
+    table = kl_frame({into_by("host"): [10.0] * 7, into_by("cached"): SEVEN})
+    found = row_of(kl_summary(table), condition="cached")
+    ends = [found[f"gap_closed{end}"] for end in ("_lo", "", "_hi")]
+    assert ends == approx(0.4, 0.6, 0.8)
+
+
+def test_shares_are_drawn_together_with_their_control() -> None:
+    """Where a condition costs a quarter of `bb` in every cell, every draw recovers 75 %."""
+    found = kl_summary(kl_frame({at("additive"): [kl / 4 for kl in SEVEN], at("bb"): SEVEN}))
+    shares = found[["recovered_lo", "recovered", "recovered_hi"]]
+    assert values(shares, 0, *shares) == [0.75] * 3
+    assert values(shares, 1, *shares) == [0.0] * 3  # bb itself
+    low, high = values(found, 0, "median_lo", "median_hi")
+    assert low < high
+
+
+def test_cells_that_agree_leave_no_width() -> None:
+    found = row_of(kl_summary(kl_frame({at("additive"): [0.3] * 6})), condition="additive")
+    assert found["median_lo"] == found["median_hi"] == 0.3
+
+
+def test_intervals_hang_on_nothing_but_their_own_numbers() -> None:
+    rng = np.random.default_rng(5)
+    kls = {
+        at(condition, position): list(rng.exponential(size=12))
+        for condition in ("additive", "bb", "by")
+        for position in ("p_last", "g1")
+    }
+    table = kl_frame(kls)
+    whole = kl_summary(table)
+    pd.testing.assert_frame_equal(kl_summary(table), whole)
+    assert (whole["median_lo"] < whole["median"]).all()
+    assert (whole["median"] < whole["median_hi"]).all()
+    here = table[table["position"] == "g1"]
+    expected = whole[whole["position"] == "g1"].reset_index(drop=True)
+    pd.testing.assert_frame_equal(kl_summary(here), expected)
+    alone = kl_summary(table[table["condition"] == "by"])
+    medians = ["median", "median_lo", "median_hi"]
+    expected = whole[whole["condition"] == "by"].reset_index(drop=True)
+    pd.testing.assert_frame_equal(alone[medians], expected[medians])
+
+
+# --- contrasts
+
+
+def pairs(table: pd.DataFrame, *names: str) -> list[tuple[object, ...]]:
+    columns = ["condition", "control", *names]
+    return [tuple(row) for row in contrasts(table)[columns].itertuples(index=False)]
+
+
+def test_additive_is_set_against_every_control_at_its_site() -> None:
+    conditions = ["additive", "remove_x", "bb", "by", "other_x", "clean"]
+    kls = {at(name, *site): [1.0] for name in conditions for site in (("p_last", "8"), ("g1", "8"))}
+    kls[at("by", "p_last", "14")] = [1.0]  # no additive there
+    found = pairs(kl_frame(kls), "host", "position", "layers")
+    assert sorted(found) == sorted(
+        ("additive", control, "XY", position, "8")
+        for control in ("remove_x", "bb", "by", "other_x")
+        for position in ("p_last", "g1")
+    )
+
+
+def test_every_injection_is_set_against_the_host() -> None:
+    edits = [into_by("host"), into_by("oracle"), into_by("cached"), into_by("cached", "8+14")]
+    assert pairs(kl_frame({edit: [1.0] for edit in edits}), "host", "position", "layers") == [
+        ("oracle", "host", "BY", "p_last", "8"),
+        ("cached", "host", "BY", "p_last", "8"),
+        ("cached", "host", "BY", "p_last", "8+14"),
+    ]
+
+
+@pytest.mark.parametrize("host", ["XY", "BY"])
+def test_every_steering_is_set_against_what_has_no_factor(host: str) -> None:
+    table = pd.concat(
+        kl_frame({edit: [1.0]}, alpha=[alpha], beta=[beta])
+        for edit, alpha, beta in (
+            (at("bb") if host == "XY" else into_by("host"), NAN, NAN),
+            (at("steer", host=host), 0.0, 1.0),
+            (at("steer", host=host), 2.0, 1.0),
+            (at("steer", host=host), 2.0, 0.0),
+        )
+    )
+    control = "bb" if host == "XY" else "host"
+    assert pairs(table, "host", "layers", "alpha", "beta") == [
+        ("steer", control, host, "8", 0.0, 1.0),
+        ("steer", control, host, "8", 2.0, 1.0),
+        ("steer", control, host, "8", 2.0, 0.0),
+    ]
+
+
+def test_the_difference_is_the_median_of_paired_differences() -> None:
+    table = kl_frame(
+        {
+            at("additive"): [1.0, 2.0, 10.0, NAN, 5.0],
+            at("bb"): [2.0, 10.0, 1.0, 0.0, NAN],
+            at("by"): [0.0, 0.0, 10.0, 0.0, 0.5],
+        }
+    )
+    found = contrasts(table)
+    # -1, -8, 9: the medians themselves are 3.5 and 1.5.
+    against_bb = row_of(found, control="bb")
+    assert (against_bb["difference"], against_bb["n"], against_bb["lower"]) == (-1.0, 3, 2)
+    # 1, 2, 0, 4.5: the condition costs more, and a tie is not lower.
+    against_by = row_of(found, control="by")
+    assert (against_by["difference"], against_by["n"], against_by["lower"]) == (1.5, 4, 0)
+    assert found[["lo", "hi"]].isna().all(axis=None)
+
+
+def test_a_difference_that_is_rounding_is_not_lower() -> None:
+    kls = {at("additive"): [1.0, 1.0, 1.0], at("bb"): [1 + 0.9 * FLOOR, 1 + 1.1 * FLOOR, 1.0]}
+    assert row_of(contrasts(kl_frame(kls)), control="bb")["lower"] == 1
+
+
+def test_the_interval_of_a_difference() -> None:
+    control = [40.0, 10.0, 80.0, 20.0, 50.0, 30.0, 60.0]
+    table = kl_frame(
+        {
+            at("additive"): [kl + 0.5 for kl in control],
+            at("bb"): control,
+            at("by"): [kl + 0.5 - own for kl, own in zip(control, SEVEN, strict=True)],
+        }
+    )
+    found = contrasts(table)
+    shifted = row_of(found, control="bb")
+    assert [shifted[name] for name in ("lo", "difference", "hi", "lower")] == [0.5, 0.5, 0.5, 0]
+    by = row_of(found, control="by")
+    assert [by[name] for name in ("lo", "difference", "hi")] == approx(2.0, 4.0, 6.0)
+
+
+def test_a_table_without_pairs_has_no_contrasts() -> None:
+    found = contrasts(kl_frame({at("additive"): [1.0] * 6, at("clean"): [0.0] * 6}))
+    assert len(found) == 0
+    assert {"condition", "control", "difference", "lo", "hi", "lower", "n"} <= set(found)
+
+
+# --- an interrupted run: the last cells lack some edits
+
+
+def test_an_interrupted_run_is_summarised_over_what_it_has() -> None:
+    table = kl_frame({at("additive"): [*SEVEN, 9.0], at("bb"): [*SEVEN, 8.0]})
+    unfinished = table[~((table["condition"] == "bb") & table["persona"].isin(["p4", "p5", "p7"]))]
+    found = kl_summary(unfinished)
+    # bb has 1, 2, 4, 5, 7
+    bb = row_of(found, condition="bb")
+    assert (bb["median"], bb["n"]) == (4.0, 5)
+    assert 1 <= bb["median_lo"] <= 4 <= bb["median_hi"] <= 7
+    assert row_of(found, condition="additive")["n"] == 8
+    (contrast,) = contrasts(unfinished).to_dict("records")
+    assert (contrast["n"], contrast["difference"], contrast["lo"]) == (5, 0.0, 0.0)
+
+
+# --- markers
+
+GRID = Grid.from_dict(
+    {
+        "name": "m",
+        "personas": {
+            "yoda": {"text": "Yoda", "markers": ["The Force", "jedi", "padawan"]},
+            "nobody": "someone",
+            "chef": {"text": "a chef", "markers": ["simmer"]},
+        },
+        "tasks": {f"t{i}": f"Task {i}." for i in range(10)},
+    }
+)
+
+
+def text(
+    words: str,
+    condition: str = "clean",
+    layers: str | None = None,
+    *,
+    persona: str = "yoda",
+    task: str = "t0",
+    alpha: float | None = None,
+) -> Text:
+    return Text(
+        persona=persona,
+        task=task,
+        condition=condition,
+        position=layers and "p_last",
+        layers=layers,
+        alpha=alpha,
+        beta=None if alpha is None else 1.0,
+        text=words,
+        n_tokens=3,
+    )
+
+
+def test_marker_table() -> None:
+    table = marker_table(
+        GRID,
+        [
+            text("A Jedi uses the force. Jedi!"),
+            text("Simmer, jedi.", persona="nobody"),
+            text("Simmer.", "additive", "8", persona="chef"),
+            text("jedis", "bare"),
+        ],
+    )
+    expected = pd.DataFrame(
+        [
+            ("yoda", "t0", "clean", "none", "none", True, 2, "the force; jedi"),
+            ("chef", "t0", "additive", "p_last", "8", True, 1, "simmer"),
+            ("yoda", "t0", "bare", "none", "none", False, 0, ""),
+        ],
+        columns=[
+            *("persona", "task", "condition", "position", "layers"),
+            *("any", "distinct", "hits"),
+        ],
+    )
+    pd.testing.assert_frame_equal(table, expected)
+
+
+def test_marker_table_of_a_steering_has_the_factors() -> None:
+    table = marker_table(GRID, [text("a", "bb", "8"), text("b", "steer", "8", alpha=0.5)])
+    assert table["alpha"].tolist() == approx(NAN, 0.5)
+    assert table["beta"].tolist() == approx(NAN, 1.0)
+
+
+def test_marker_table_without_markers_is_empty() -> None:
+    table = marker_table(GRID, [text("jedi", persona="nobody")])
+    assert len(table) == 0
+    assert len(marker_table(GRID, [])) == 0
+
+
+#: Distinct markers of ten cells under each edit.
+COUNTS: dict[tuple[str, str | None], list[int]] = {
+    ("clean", None): [3, 2, 1, 1, 1, 0, 0, 0, 0, 0],
+    ("additive", "8"): [2, 1, 0, 0, 0, 0, 0, 0, 0, 1],
+    ("additive", "14"): [3, 2, 1, 1, 1, 0, 0, 0, 0, 0],
+    ("remove_x", "8"): [0] * 10,
+    ("remove_x", "14"): [3, 3, 2, 2, 2, 1, 1, 1, 1, 1],
+    ("bare", None): [0, 0, 0, 0, 0, 0, 0, 0, 0, 1],
+}
+
+
+def texts(cells: int, *edits: tuple[str, str | None]) -> list[Text]:
+    words = ["", "jedi", "jedi padawan", "jedi padawan the force"]
+    return [
+        text(words[COUNTS[edit][cell]], *edit, task=f"t{cell}")
+        for cell in range(cells)
+        for edit in edits or COUNTS
+    ]
+
+
+def test_marker_summary() -> None:
+    found = marker_summary(marker_table(GRID, texts(10)))
+    assert [tuple(edit) for edit in found[["condition", "layers"]].to_numpy()] == [
+        (condition, layers or "none") for condition, layers in COUNTS
+    ]
+    assert found["n"].tolist() == [10] * 6
+    assert found["any"].tolist() == [5, 3, 5, 0, 10, 1]
+    assert found["distinct"].tolist() == approx(0.8, 0.4, 0.8, 0.0, 1.7, 0.1)
+    ends = found[["any_lo", "any_hi", "distinct_lo", "distinct_hi"]]
+    # Cells with a marker, drawn ten times, are binomial: P(X <= 1) is 1 % and P(X <= 2) 5 % of
+    # five in ten.
+    assert values(ends, 0, "any_lo", "any_hi") == approx(2, 8)
+    assert values(ends, 3, *ends) == [0.0] * 4
+    assert values(ends, 4, "any_lo", "any_hi") == approx(10, 10)
+    assert (ends["distinct_lo"] <= found["distinct"]).all()
+    assert (ends["distinct_hi"] >= found["distinct"]).all()
+    low, high = values(ends, 4, "distinct_lo", "distinct_hi")
+    assert 1.2 < low < 1.6 < 1.8 < high < 2.3
+
+
+def test_marker_summary_of_few_cells_has_no_intervals() -> None:
+    found = marker_summary(marker_table(GRID, texts(4, ("clean", None))))
+    assert values(found, 0, "any", "distinct", "n") == approx(4, 7 / 4, 4)
+    ends = found[["any_lo", "any_hi", "distinct_lo", "distinct_hi"]]
+    assert ends.isna().all(axis=None)
+
+
+def test_marker_summary_of_an_interrupted_run() -> None:
+    """Edits are carried out one after the other, so that the last may lack cells."""
+    found = marker_summary(
+        marker_table(GRID, [*texts(6, ("clean", None)), *texts(4, ("additive", "8"))])
+    )
+    assert found["n"].tolist() == [6, 4]
+    assert found["any"].tolist() == [5, 2]
+    assert found["distinct"].tolist() == approx(8 / 6, 0.75)
+    ends = found[["any_lo", "any_hi", "distinct_lo", "distinct_hi"]]
+    assert ends.loc[0].notna().all()
+    assert ends.loc[1].isna().all(), "an interval of four cells"
+
+
+def test_marker_summary_draws_from_the_cells_that_an_edit_has() -> None:
+    made = [*texts(10, ("clean", None)), *texts(5, ("remove_x", "14"))]
+    found = marker_summary(marker_table(GRID, made))
+    assert found["n"].tolist() == [10, 5]
+    ends = values(found, 1, "any_lo", "any_hi", "distinct_lo", "distinct_hi")
+    assert ends[:2] == approx(5, 5)
+    # 3, 3, 2, 2, 2: all five draws are a 2 with chance 8 %, all a 3 with 1 %.
+    assert ends[2] == pytest.approx(2.0)
+    assert 2.7 < ends[3] <= 3.0
+
+
+def test_marker_contrasts() -> None:
+    found = marker_contrasts(marker_table(GRID, texts(10)))
+    assert list(found.columns) == [
+        *("condition", "position", "layers", "control"),
+        *("measure", "n", "difference", "lo", "hi"),
+    ]
+    names = ["condition", "layers", "control", "measure"]
+    assert set(found[names].itertuples(index=False, name=None)) == {
+        (*pair, measure)
+        for pair in (
+            ("additive", "8", "clean"),
+            ("additive", "14", "clean"),
+            ("remove_x", "8", "clean"),
+            ("remove_x", "14", "clean"),
+            ("remove_x", "8", "additive"),
+            ("remove_x", "14", "additive"),
+            ("bare", "none", "clean"),
+        )
+        for measure in ("any", "distinct")
+    }
+    assert len(found) == 14
+    assert found["n"].tolist() == [10] * 14
+
+    def difference(condition: str, layers: str, control: str, measure: str) -> Any:
+        wanted = dict(zip(names, (condition, layers, control, measure), strict=True))
+        row = row_of(found, **wanted)
+        return [row[name] for name in ("lo", "difference", "hi")]
+
+    assert difference("additive", "8", "clean", "any")[1] == pytest.approx(-0.2)
+    assert difference("additive", "8", "clean", "distinct")[1] == pytest.approx(-0.4)
+    # One marker more in every cell but the first, which has all three already.
+    assert difference("remove_x", "14", "clean", "distinct")[1:] == approx(0.9, 1.0)
+    assert difference("additive", "14", "clean", "distinct") == [0.0] * 3
+    # Five cells lose their marker: binomial again.
+    assert difference("remove_x", "8", "clean", "any") == approx(-0.8, -0.5, -0.2)
+    assert difference("remove_x", "8", "additive", "any")[1] == pytest.approx(-0.3)
+    assert difference("bare", "none", "clean", "any")[1] == pytest.approx(-0.4)
+
+
+def test_marker_contrasts_pair_the_cells_that_both_have() -> None:
+    made = [*texts(10, ("clean", None)), *texts(5, ("additive", "8"))]
+    found = marker_contrasts(marker_table(GRID, made))
+    assert found["n"].tolist() == [5, 5]
+    # 3, 2, 1, 1, 1 against 2, 1, 0, 0, 0
+    assert found["difference"].tolist() == approx(-0.6, -1.0)
+    assert values(found, 1, "lo", "hi") == [-1.0, -1.0]
+    few = marker_contrasts(
+        marker_table(GRID, [*texts(10, ("clean", None)), *texts(4, ("additive", "8"))])
+    )
+    assert few[["lo", "hi"]].isna().all(axis=None)
+
+
+def test_marker_contrasts_without_pairs_keep_their_columns() -> None:
+    """As a run that was interrupted during the clean texts leaves them."""
+    found = marker_contrasts(marker_table(GRID, texts(10, ("clean", None))))
+    assert len(found) == 0
+    assert {"condition", "control", "measure", "n", "difference", "lo", "hi"} <= set(found)
+
+
+# --- geometry
+
+
+def test_geometry_table_names_every_site() -> None:
+    cosines = torch.arange(8.0).reshape(2, 2, 2)
+    table = geometry_table(plan(cells=3), [0, 2], {"cos_xy_sum": cosines})
+    expected = pd.DataFrame(
+        [
+            (persona, "t", position, layer, 4.0 * i + 2 * j + k)
+            for i, persona in enumerate(["p0", "p2"])
+            for j, position in enumerate(["p_last", "g1"])
+            for k, layer in enumerate([8, 14])
+        ],
+        columns=["persona", "task", "position", "layer", "cos_xy_sum"],
+    )
+    pd.testing.assert_frame_equal(table, expected)
+    assert len(geometry_table(plan(), [0], {})) == 0
+
+
+def test_geometry_summary_takes_medians_over_cells() -> None:
+    measures = {
+        "cos_xy_sum": torch.tensor([[[0.5, 0.25]], [[1.0, NAN]], [[0.0, 0.75]]]),
+        "cos_x_y": torch.tensor([[[0.0, 0.25]], [[-1.0, NAN]], [[-0.5, 0.75]]]),
+        "inter_over_xy": torch.tensor([[[1.0, 2.0]], [[1.0, NAN]], [[1.5, 3.0]]]),
+        "norm_dx": torch.ones(3, 1, 2),
+    }
+    made = Plan(**{**vars(plan(cells=3)), "positions": ("g1",)})
+    found = geometry_summary(geometry_table(made, [0, 1, 2], measures))
+    expected = pd.DataFrame(
+        [("g1", 8, 0.5, -0.5, 1.0, 3), ("g1", 14, 0.5, 0.5, 2.5, 2)],
+        columns=["position", "layer", "cos_xy_sum", "cos_x_y", "inter_over_xy", "n"],
+    )
+    pd.testing.assert_frame_equal(found, expected)
