@@ -11,7 +11,7 @@ import pandas as pd
 
 from persona_nnsight.bootstrap import Floats, drawn_means, drawn_medians, interval
 from persona_nnsight.conditions import HOST, STEER
-from persona_nnsight.markers import distinct_markers
+from persona_nnsight.marker_words import distinct_markers
 from persona_nnsight.sites import NO_LAYERS, format_layers, format_positions
 
 if TYPE_CHECKING:
