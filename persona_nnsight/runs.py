@@ -10,6 +10,7 @@
 ``geometry.csv``          one row per cell and site
 ``residuals.safetensors`` capture: h_BB, h_XB, h_BY, h_XY, float32 [cells, positions, layers, d];
                           its metadata holds the labels of the first three axes as JSON
+``report.html``           written later by `persona_nnsight.report`, with ``figures/``
 ========================  ======================================================================
 
 The files are written under a temporary name and moved into place when all are done, ``run.json``

@@ -2,12 +2,26 @@
 
 from __future__ import annotations
 
+from pathlib import Path
+
 import pandas as pd
 import pytest
 from conftest import reference_of
-from test_engine import cell_prompts, lookup
+from reference import vector
+from test_engine import cell_prompts, decode, lookup
+from test_texts_and_steering import steered_kl
 
-from persona_nnsight import EditResult, Grid, Model, capture, inject, substitute
+from persona_nnsight import (
+    EditResult,
+    Grid,
+    Model,
+    capture,
+    inject,
+    markers,
+    read_table,
+    steer,
+    substitute,
+)
 
 pytestmark = pytest.mark.smollm2
 
@@ -85,6 +99,46 @@ def test_injection_matches_reference(smollm2: Model) -> None:
         expected = reference.injection_kl(prompts, layers, condition, continuation)
         row = ("marx", "recommend", condition, "p_last", "+".join(map(str, layers)) or "none")
         assert found[row][0] == pytest.approx(expected.kl, abs=1e-4), row
+
+
+def test_texts_match_reference(smollm2: Model) -> None:
+    """Text under the paper's edits, and what the markers make of it."""
+    reference = reference_of(smollm2)
+    grid = Grid.load("long").select(["chef"], ["plan"])
+    texts = {t.condition: t.text for t in markers(smollm2, grid, layers="21", tokens=12).texts}
+    prompts = cell_prompts(grid, grid.cells[0])
+    ids = reference.ids(prompts["XY"])
+    h = reference.cell_residuals(prompts, "p_last", 21, [])
+    expected = {
+        "clean": reference.greedy(ids, 12),
+        "additive": reference.greedy(ids, 12, {21: {len(ids) - 1: vector("additive", h)}}),
+        "remove_x": reference.greedy(ids, 12, {21: {len(ids) - 1: vector("remove_x", h)}}),
+        "bare": reference.greedy(reference.ids(grid.cells[0].task.text), 12),
+    }
+    assert texts == {name: decode(smollm2, tokens) for name, tokens in expected.items()}
+
+
+def test_steering_matches_reference(smollm2: Model) -> None:
+    reference = reference_of(smollm2)
+    grid = Grid.load("short").select(["marx"], ["recommend"])
+    table = steer(smollm2, grid, layers=(10, 16), positions="p_last,g1", alpha="0.5,2").frame()
+    prompts = cell_prompts(grid, grid.cells[0])
+    for row in table[table["condition"] == "steer"].to_dict("records"):
+        sites = ("p_last", "g1"), (10, 16)
+        expected = steered_kl(reference, prompts, "XY", *sites, row["alpha"], row["beta"])
+        assert row["kl"] == pytest.approx(expected, abs=1e-4)
+
+
+def test_the_committed_example_is_what_the_program_makes(short_run: EditResult) -> None:
+    """outputs/example, table 1, against a run of now."""
+    example = Path(__file__).parents[1] / "outputs" / "example"
+    cell = ["persona", "task", "condition", "position", "layers"]
+    committed = read_table(example / "table1" / "kl.csv").set_index(cell)["kl"]
+    now = short_run.frame().set_index(cell)["kl"]
+    both = committed.index.intersection(now.index)
+    assert len(both) == 12 * 3 * 3 * 5  # additive, bb and other_x at three positions
+    assert now[both].to_numpy() == pytest.approx(committed[both].to_numpy(), abs=1e-4)
+    assert list(example.rglob("*.safetensors")) == []
 
 
 def test_capture_matches_reference(smollm2: Model) -> None:

@@ -38,7 +38,7 @@ TARGETS = {**{table: (table,) for table in TABLES}, "figure1": ("table1", "table
 REVIEW = "review"
 
 #: The paper's additive vector, and the controls that stand beside it.
-CONDITIONS = ("additive", "remove_x", "bb", "by", "xb", "other_x")
+CONDITIONS = ("additive", "bb", "by", "other_x")
 
 #: Three of the five depths of Table 1; the second model was run at other ones.
 _TABLE2_LAYERS = {None: "40%,55%,70%", "Qwen/Qwen2.5-1.5B-Instruct": "7,15,20"}

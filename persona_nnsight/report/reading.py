@@ -1,0 +1,254 @@
+"""Run directories as the report needs them: read once, checked, whatever is optional left out."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from persona_nnsight.errors import PersonaError
+from persona_nnsight.grids import Grid
+from persona_nnsight.runs import read_table
+
+if TYPE_CHECKING:
+    import pandas as pd
+
+#: Commands whose runs hold KLs.
+KL_COMMANDS = ("substitute", "inject", "steer")
+COMMANDS = ("capture", *KL_COMMANDS, "markers", "reproduce")
+#: The parts of a reproduction, in the paper's order.
+PARTS = ("table1", "table2", "table3", "table4")
+
+_CELL = ("persona", "task")
+#: Table: the columns it must have; every other column is optional.
+_KL_COLUMNS = {
+    "kl": (*_CELL, "condition", "position", "layers", "kl", "n_tokens"),
+    "summary": ("condition", "position", "layers", "median", "q25", "q75", "min", "max", "n"),
+    "contrasts": (
+        *("position", "layers", "condition", "control"),
+        *("n", "difference", "lo", "hi", "lower"),
+    ),
+}
+_GEOMETRY_COLUMNS = (*_CELL, "position", "layer", "cos_xy_sum", "cos_x_y", "inter_over_xy")
+_MARKER_COLUMNS = (*_CELL, "condition", "layers", "any", "distinct", "hits")
+_MARKER_SUMMARY_COLUMNS = ("condition", "layers", "any", "distinct", "n")
+_MARKER_CONTRAST_COLUMNS = (
+    *("condition", "layers", "control", "measure"),
+    *("n", "difference", "lo", "hi"),
+)
+_PUBLISHED_COLUMNS = ("condition", "value", "n", "published_model", "published")
+
+#: Columns that hold words. The columns that a table must have and are not among them hold numbers.
+_WORDS = {
+    *("persona", "task", "condition", "control", "host", "position", "layers", "hits", "measure"),
+    *("published_model", "published_layers"),
+}
+#: Optional columns that hold numbers.
+_NUMBERS = {
+    *("alpha", "beta", "gap_closed", "gap_closed_lo", "gap_closed_hi"),
+    *("median_lo", "median_hi"),
+    *("recovered", "recovered_lo", "recovered_hi"),
+    *("norm_dx", "norm_dy", "norm_dxy", "norm_inter", "inter_over_xy_normed"),
+    *("any_lo", "any_hi", "distinct_lo", "distinct_hi"),
+    *("lo", "hi", "q25", "q75", "published_q25", "published_q75", "difference"),
+}
+
+
+@dataclass(frozen=True)
+class Run:
+    """What a run directory holds.
+
+    Attributes:
+        name: of the directory.
+        manifest: ``run.json``.
+        grid: the grid that the run took its cells from; None for a reproduction.
+        tables: by file name without its ending: ``kl``, ``summary``, ``contrasts``, ``geometry``,
+            ``markers``, and in a reproduction ``table1`` to ``table4``; those that are there.
+        texts: the objects of ``text.jsonl``.
+        parts: the runs inside a reproduction, by name, in the paper's order.
+    """
+
+    name: str
+    manifest: Mapping[str, Any]
+    grid: Grid | None
+    tables: Mapping[str, pd.DataFrame]
+    texts: Sequence[Mapping[str, Any]]
+    parts: Mapping[str, Run] = field(default_factory=dict)
+
+    @property
+    def command(self) -> str:
+        """The command that made the run."""
+        return str(self.manifest["command"])
+
+    @property
+    def complete(self) -> bool:
+        """Whether the run, with all its parts, came to its end."""
+        return self.manifest.get("complete", True) is not False and all(
+            part.complete for part in self.parts.values()
+        )
+
+    def facts(self, name: str) -> Mapping[str, Any]:
+        """A mapping of the manifest such as ``model``; empty where an older run has none."""
+        value: Mapping[str, Any] = self.manifest.get(name) or {}
+        return value
+
+    def markers(self, persona: str) -> tuple[str, ...]:
+        """The markers of a persona."""
+        known = {} if self.grid is None else {p.key: p.markers for p in self.grid.personas}
+        return known.get(persona, ())
+
+
+def read_run(directory: Path) -> Run:
+    """Read and check a run directory.
+
+    Raises:
+        PersonaError: it is none, or a file in it is missing, damaged or edited out of shape.
+    """
+    manifest = _read_manifest(directory)
+    command = manifest["command"]
+    tables: dict[str, pd.DataFrame] = {}
+    if command == "reproduce":
+        for part in PARTS:
+            _read_into(tables, directory, part, _PUBLISHED_COLUMNS)
+        parts = {
+            part: read_run(directory / part)
+            for part in PARTS
+            if (directory / part / "run.json").exists()
+        }
+        if not parts and not tables:
+            raise PersonaError(
+                f"The reproduction {str(directory)!r} holds none of {', '.join(PARTS)}; "
+                "run 'persona reproduce' again."
+            )
+        return Run(directory.absolute().name, manifest, None, tables, [], parts)
+    # An interrupted run may have finished nothing, and then it has no tables.
+    whole = manifest.get("complete", True) is not False
+    if command in KL_COMMANDS:
+        for name, columns in _KL_COLUMNS.items():
+            _read_into(tables, directory, name, columns, needed=whole and name != "contrasts")
+    if command == "markers":
+        _read_into(tables, directory, "summary", _MARKER_SUMMARY_COLUMNS, needed=whole)
+        _read_into(tables, directory, "contrasts", _MARKER_CONTRAST_COLUMNS)
+    _read_into(tables, directory, "markers", _MARKER_COLUMNS)
+    _read_into(
+        tables, directory, "geometry", _GEOMETRY_COLUMNS, needed=whole and command == "capture"
+    )
+    try:
+        grid = Grid.from_dict(manifest["grid"]) if manifest.get("grid") else None
+    except PersonaError as problem:
+        raise _damaged(directory, f"its grid is damaged: {problem}") from None
+    return Run(directory.absolute().name, manifest, grid, tables, _read_texts(directory))
+
+
+def _read_manifest(directory: Path) -> dict[str, Any]:
+    path = directory / "run.json"
+    try:
+        manifest = json.loads(path.read_text(encoding="utf-8"))
+    except (FileNotFoundError, NotADirectoryError):
+        raise PersonaError(
+            f"{str(directory)!r} is no run directory: it has no run.json; give the directory that "
+            "a command such as 'persona substitute' wrote."
+        ) from None
+    except OSError as error:
+        raise PersonaError(f"{str(path)!r} cannot be read ({error.strerror or error}).") from None
+    except (ValueError, RecursionError):
+        raise _damaged(directory, "it is not valid JSON") from None
+    if not isinstance(manifest, dict):
+        raise _damaged(directory, "it holds no JSON object")
+    command = manifest.get("command")
+    if command not in COMMANDS:
+        raise _damaged(directory, f"its command is {command!r}, not one of {', '.join(COMMANDS)}")
+    for name in ("model", "versions", "arguments", "seconds", "grid", "peak_memory_bytes"):
+        if not isinstance(manifest.get(name, {}), dict | None):
+            raise _damaged(directory, f"its {name!r} is no JSON object")
+    for name in ("cells", "argv"):
+        if not isinstance(manifest.get(name, []), list | None):
+            raise _damaged(directory, f"its {name!r} is no list")
+    return manifest
+
+
+def _damaged(directory: Path, why: str) -> PersonaError:
+    return PersonaError(
+        f"{str(directory / 'run.json')!r} is damaged: {why}; run the command again, or take the "
+        "file from a backup."
+    )
+
+
+def _read_into(
+    tables: dict[str, pd.DataFrame],
+    directory: Path,
+    name: str,
+    columns: Sequence[str],
+    needed: bool = False,
+) -> None:
+    """Read a csv under its name, if it is there or `needed`."""
+    path = directory / f"{name}.csv"
+    if needed or path.exists():
+        tables[name] = _read_csv(path, columns)
+
+
+def _read_csv(path: Path, columns: Sequence[str]) -> pd.DataFrame:
+    import pandas as pd
+
+    advice = "a report needs the table as the run wrote it"
+    try:
+        table = read_table(path)
+    except FileNotFoundError:
+        raise PersonaError(
+            f"{str(path)!r} is missing; {advice}, so run the command again."
+        ) from None
+    except (ValueError, OSError) as error:  # pandas' own parser errors are ValueErrors
+        why = str(error).strip().splitlines()[0]
+        raise PersonaError(f"{str(path)!r} cannot be read ({why}); {advice}.") from None
+    for name in columns:
+        if name not in table:
+            raise PersonaError(f"{str(path)!r} has no column {name!r}; {advice}.")
+    for name in table.columns:
+        if name in _WORDS:
+            # pandas takes layers like 14 for numbers where read_table does not know the column.
+            table[name] = [_word(value) for value in table[name]]
+        elif name in columns or name in _NUMBERS:
+            numbers = pd.to_numeric(table[name], errors="coerce")
+            for row, (value, number) in enumerate(zip(table[name], numbers, strict=True), start=2):
+                if pd.isna(number) and not pd.isna(value):
+                    raise PersonaError(
+                        f"{str(path)!r} has {str(value)!r} in row {row}, column {name!r}, where a "
+                        f"number belongs; {advice}."
+                    )
+            if not pd.api.types.is_numeric_dtype(table[name]):
+                table[name] = numbers.astype(float)  # a column without any value
+    return table
+
+
+def _word(value: object) -> str:
+    if value is None or value != value:  # NaN
+        return ""
+    return f"{value:g}" if isinstance(value, float) else str(value)
+
+
+def _read_texts(directory: Path) -> list[Mapping[str, Any]]:
+    path = directory / "text.jsonl"
+    texts: list[Mapping[str, Any]] = []
+    try:
+        lines = path.read_text(encoding="utf-8").split("\n")
+    except FileNotFoundError:
+        return texts
+    except (OSError, ValueError) as error:
+        raise PersonaError(f"{str(path)!r} cannot be read ({error}).") from None
+    for number, line in enumerate(lines, start=1):
+        if not line.strip():
+            continue
+        try:
+            text = json.loads(line)
+            known = all(isinstance(text[name], str) for name in (*_CELL, "condition", "text"))
+        except (ValueError, RecursionError, KeyError, TypeError):
+            known = False
+        if not known:
+            raise PersonaError(
+                f"Line {number} of {str(path)!r} is no JSON object with persona, task, condition "
+                "and text; a report needs the file as the run wrote it."
+            )
+        texts.append(text)
+    return texts
