@@ -37,7 +37,7 @@ def markers(
     Writes text.jsonl (the texts), markers.csv (one row per text), summary.csv, contrasts.csv
     (paired differences between conditions), geometry.csv and run.json.
 
-    Example: persona markers --grid long --tasks architecture --tokens 40
+    Example: persona markers --grid long --tasks arch --tokens 40
     """
     from persona_nnsight.experiments.markers import plan_markers
 
