@@ -23,8 +23,10 @@ if TYPE_CHECKING:
     from persona_nnsight.experiments.substitute import substitute
     from persona_nnsight.grids import Cell, Grid, Persona, Task
     from persona_nnsight.models import Model, load_model
-    from persona_nnsight.results import CaptureResult, EditResult
+    from persona_nnsight.reproduction.reproduce import reproduce
+    from persona_nnsight.results import CaptureResult, EditResult, MarkersResult
     from persona_nnsight.runs import read_table
+    from persona_nnsight.vectors import Vectors
 
 __all__ = [
     "CaptureResult",
@@ -32,15 +34,18 @@ __all__ = [
     "EditResult",
     "Grid",
     "Interrupted",
+    "MarkersResult",
     "Model",
     "Persona",
     "PersonaError",
     "Task",
+    "Vectors",
     "capture",
     "inject",
     "load_model",
     "markers",
     "read_table",
+    "reproduce",
     "steer",
     "substitute",
 ]
@@ -54,8 +59,10 @@ _HOME = {
     },
     **dict.fromkeys(("Cell", "Grid", "Persona", "Task"), "grids"),
     **dict.fromkeys(("Model", "load_model"), "models"),
-    **dict.fromkeys(("CaptureResult", "EditResult"), "results"),
+    **dict.fromkeys(("CaptureResult", "EditResult", "MarkersResult"), "results"),
     "read_table": "runs",
+    "reproduce": "reproduction.reproduce",
+    "Vectors": "vectors",
 }
 
 

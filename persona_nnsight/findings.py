@@ -21,6 +21,9 @@ from persona_nnsight.tables import KL_FLOOR
 #: Where the median KL of `bb` is below this, in nats, even the baseline's residual costs little.
 NEARLY_FREE = 0.1
 
+#: More shares than this are not listed one by one.
+_MOST_SHARES = 6
+
 _CONTROLS = {"by": "leaving the persona out (by)", "other_x": "another persona's Δ_X (other_x)"}
 
 
@@ -209,13 +212,18 @@ def _few_cells(summary: pd.DataFrame) -> Iterable[str]:
 
 
 def _shares(shares: pd.Series[float]) -> str:
-    """``88 % (layer 8), 89 % (layers 12 and 16)``, layers in order."""
+    """``88 % (layer 8), 89 % (layers 12 and 16)``, layers in order; of many, the ends alone."""
     percents = shares.map(lambda share: f"{round(100 * share)} %")
     found = [
         f"{percent} ({_layers(layers.index)})"
         for percent, layers in percents.groupby(percents, sort=False)
     ]
-    return ", ".join(found)
+    if len(found) <= _MOST_SHARES:
+        return ", ".join(found)
+    low, high = (
+        f"{percents[layer]} (layer {layer})" for layer in (shares.idxmin(), shares.idxmax())
+    )
+    return f"between {low} and {high}"
 
 
 def _share(row: Mapping[str, Any], name: str) -> str:
@@ -239,8 +247,17 @@ def _records(table: pd.DataFrame) -> list[dict[str, Any]]:
 
 
 def _layers(names: Iterable[str]) -> str:
-    found = list(names)
-    return f"layer {found[0]}" if len(found) == 1 else f"layers {_listed(found)}"
+    """``layer 8``, ``layers 8 and 12``, ``layers 4 to 9 and 12``."""
+    runs: list[list[str]] = []
+    for name in names:
+        before = runs[-1][-1] if runs else ""
+        follows = before.isdigit() and name == str(int(before) + 1)
+        runs[-1].append(name) if follows else runs.append([name])
+    found: list[str] = []
+    for run in runs:
+        found += [f"{run[0]} to {run[-1]}"] if len(run) > 2 else run
+    several = len(found) > 1 or " to " in found[0]
+    return f"layer{'s' if several else ''} {_listed(found)}"
 
 
 def _listed(items: list[str]) -> str:

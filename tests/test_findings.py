@@ -649,3 +649,25 @@ def test_a_run_can_be_interrupted_after_any_row(command: str) -> None:
         tables = {"summary": kl_summary(table), "contrasts": contrasts(table)}
         for sentence in findings(command, tables):
             assert "nan" not in sentence.lower()
+
+
+def test_many_layers_are_put_in_ranges() -> None:
+    layers = [*range(8, 16), 20, 21]
+    summary = [
+        row
+        for layer in layers
+        for row in (
+            summary_row("additive", str(layer), 0.2, share=layer / 100),
+            summary_row("bb", str(layer), 1.0, share=0.0),
+        )
+    ]
+    against = [
+        contrast_row("additive", "by", str(layer), BELOW if layer < 15 else ABOVE)
+        for layer in layers
+    ]
+    (sentence,) = said("substitute", summary, against)
+    assert sentence == (
+        "At p_last the additive vector recovers between 8 % (layer 8) and 21 % (layer 21) of what "
+        "writing h_BB loses; it costs less than leaving the persona out (by) at layers 8 to 14 and "
+        "costs more than it at layers 15, 20 and 21."
+    )

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import math
-from typing import TYPE_CHECKING, Annotated
+from collections.abc import Mapping
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 from rich.console import RenderableType
@@ -11,7 +12,7 @@ from rich.table import Table
 
 from persona_cli import options as o
 from persona_cli.console import titled
-from persona_cli.running import fixed, percent, run_experiment
+from persona_cli.running import fixed, percent, run_experiment, span
 from persona_nnsight.conditions import SUBSTITUTE_CONDITIONS
 from persona_nnsight.sites import DEFAULT_LAYERS, DEFAULT_POSITIONS
 
@@ -78,7 +79,7 @@ def substitute(
 
 
 def _table(result: Result) -> RenderableType:
-    """Conditions against layers, a block per position: median KL, and what additive recovers."""
+    """Conditions against layers, a block per position: median KL, and what of it is recovered."""
     summary = result.summary()
     layers = list(dict.fromkeys(summary["layers"]))
     table = Table(box=None, pad_edge=False)
@@ -90,14 +91,21 @@ def _table(result: Result) -> RenderableType:
         (row["position"], row["condition"], row["layers"]): row
         for row in summary.to_dict("records")
     }
-    absent = {"median": math.nan, "recovered": math.nan}  # of a run that was interrupted
+    # Of a run that was interrupted some are missing.
+    absent = dict.fromkeys(("median", "median_lo", "median_hi", "recovered"), math.nan)
     for position in result.plan.positions:
         for condition in dict.fromkeys(summary["condition"]):
             row = [cells.get((position, condition, layer), absent) for layer in layers]
-            table.add_row(position, condition, *(fixed(cell["median"]) for cell in row))
-        additive = [cells.get((position, "additive", layer), absent) for layer in layers]
-        if any(cell["recovered"] == cell["recovered"] for cell in additive):
-            shares = (percent(cell["recovered"]) for cell in additive)
-            table.add_row(position, "additive recovers", *shares, style="bold")
+            table.add_row(position, condition, *(_with_share(cell) for cell in row))
+            if condition == "additive":
+                spans = (span(c["median_lo"], c["median_hi"], digits=3) for c in row)
+                table.add_row("", "  95 %", *spans, style="dim")
         table.add_section()
-    return titled("Median KL over cells, in nats, by layer", table)
+    title = "Median KL over cells, in nats, and the share of bb's that is recovered, by layer"
+    return titled(title, table)
+
+
+def _with_share(cell: Mapping[Any, Any]) -> str:
+    """``0.045  89 %``: a median and what it recovers; the median alone where that has no sense."""
+    median, share = fixed(cell["median"]), cell["recovered"]
+    return f"{median} {percent(share):>5}" if math.isfinite(share) else median
