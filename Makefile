@@ -4,7 +4,7 @@ VENV := .venv
 BIN := $(VENV)/bin
 MODEL := smollm2-135m
 
-.PHONY: demo test example readme clean
+.PHONY: demo test test-install example readme clean
 
 ## Fetch the embedded model and run the main experiment on it.
 demo: $(VENV)/installed
@@ -19,6 +19,10 @@ test: $(VENV)/tested
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
 	HF_HUB_OFFLINE=1 $(BIN)/python -m pytest
+
+## Install the wheel into an empty environment and run it there.
+test-install: $(VENV)/tested
+	HF_HUB_OFFLINE=1 $(BIN)/python -m pytest -m install
 
 ## Make the committed example run again.
 example: $(VENV)/installed

@@ -21,7 +21,7 @@ LEVEL = (2.5, 97.5)
 _DRAWS = 2000
 _SEED = 0
 #: Fewer values than this span no interval worth the name.
-_MIN_CELLS = 5
+MIN_CELLS = 5
 
 
 def drawn_medians(values: Floats) -> Floats:
@@ -47,9 +47,9 @@ def _drawn(
     rows, found = _draws(len(values)), np.full((_DRAWS, values.shape[1]), np.nan)
     for column, value in enumerate(values.T):
         present = np.isfinite(value)
-        if present.all() and len(value) >= _MIN_CELLS:
+        if present.all() and len(value) >= MIN_CELLS:
             found[:, column] = statistic(value[rows], axis=1)
-        elif present.sum() >= _MIN_CELLS:
+        elif present.sum() >= MIN_CELLS:
             drawn = present[rows].any(axis=1)  # a draw may hold none of the cells with a value
             found[drawn, column] = skipping_nan(value[rows[drawn]], axis=1)
     return found

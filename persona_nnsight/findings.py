@@ -13,10 +13,16 @@ from typing import Any
 import numpy as np
 import pandas as pd
 
-from persona_nnsight.bootstrap import drawn_medians, interval
+from persona_nnsight.bootstrap import MIN_CELLS, drawn_medians, interval
 from persona_nnsight.conditions import HOST
 from persona_nnsight.sites import NO_LAYERS
-from persona_nnsight.tables import KL_FLOOR
+from persona_nnsight.tables import KL_FLOOR, NO_PERSONA
+
+#: Belongs below the sentences of a run: its cells are no sample of all cells.
+CAVEAT = (
+    "Intervals and verdicts are over these cells, which share personas and tasks; others may "
+    "differ by more."
+)
 
 #: Where the median KL of `bb` is below this, in nats, even the baseline's residual costs little.
 NEARLY_FREE = 0.1
@@ -43,7 +49,7 @@ def findings(command: str, tables: Mapping[str, pd.DataFrame]) -> list[str]:
         elif command == "inject":
             said += _injection(summary, contrasts)
         elif command == "steer":
-            said += _steering(summary)
+            said += _steering(summary, contrasts)
         elif command == "markers":
             said += _markers(summary, contrasts)
     geometry = tables.get("geometry")
@@ -56,16 +62,13 @@ def _substitution(summary: pd.DataFrame, contrasts: pd.DataFrame) -> Iterable[st
     for position, at in summary.groupby("position", sort=False):
         additive = at[at["condition"] == "additive"].set_index("layers")
         shares = additive["recovered"].dropna() if "recovered" in additive else pd.Series()
-        said = []
+        mine = contrasts[
+            (contrasts["position"] == position) & (contrasts["condition"] == "additive")
+        ]
+        clauses = [verdict for verdict in (_verdicts(mine, c) for c in _CONTROLS) if verdict]
         if len(shares):
-            mine = contrasts[
-                (contrasts["position"] == position) & (contrasts["condition"] == "additive")
-            ]
-            told = [_verdicts(mine, control) for control in _CONTROLS]
-            said.append(
-                f"At {position} the additive vector recovers {_shares(shares)} of what writing "
-                "h_BB loses" + "".join(f"; {verdict}" for verdict in told if verdict) + "."
-            )
+            clauses.insert(0, f"recovers {_shares(shares)} of what writing h_BB loses")
+        said = [f"At {position} the additive vector {'; it '.join(clauses)}."] if clauses else []
         neither = at[at["condition"] == "bb"].set_index("layers")["median"]
         free = neither[neither < NEARLY_FREE]
         if len(free):
@@ -91,7 +94,7 @@ def _verdicts(contrasts: pd.DataFrame, control: str) -> str:
             (side, verdict) for side, verdict in verdicts.items() if side in groups
         )
     ]
-    return f"it {_listed(told)}" if told else ""
+    return _listed(told) if told else ""
 
 
 def _injection(summary: pd.DataFrame, contrasts: pd.DataFrame) -> Iterable[str]:
@@ -99,7 +102,7 @@ def _injection(summary: pd.DataFrame, contrasts: pd.DataFrame) -> Iterable[str]:
     host = next(row for row in rows if row["condition"] == HOST)
     yield (
         f"The prompt without the persona is {host['median']:.2f} nats from the prompt with it "
-        f"(median of {host['n']} cells)."
+        f"(median of {_cells(host['n'])})."
     )
     for condition, what in (
         ("oracle", "Writing the true residual (oracle)"),
@@ -118,20 +121,23 @@ def _injection(summary: pd.DataFrame, contrasts: pd.DataFrame) -> Iterable[str]:
             for row in _records(contrasts)
             if row["condition"] == condition and row["layers"] == best["layers"]
         )
+        of_sets = f", the best of {len(written)} sets" if len(written) > 1 else ""
         yield (
             f"{what} closes at most {_share(best, 'gap_closed')} of that gap, at layer "
-            f"{best['layers']}; its KL {_compared(against)} the unedited prompt's."
+            f"{best['layers']}{of_sets}; its KL {_compared(against)}."
         )
     yield from _few_cells(summary)
 
 
 def _compared(contrast: Mapping[str, Any]) -> str:
     if math.isnan(contrast["lo"]):
-        return f"is below in {contrast['lower']} of {contrast['n']} cells against"
-    return {-1: "is below", 1: "is above", 0: "cannot be told apart from"}[_side(contrast)]
+        n = contrast["n"]
+        return f"is below the unedited prompt's in {contrast['lower']} of {_cells(n)}"
+    verdict = {-1: "is below", 1: "is above", 0: "cannot be told apart from"}[_side(contrast)]
+    return f"{verdict} the unedited prompt's"
 
 
-def _steering(summary: pd.DataFrame) -> Iterable[str]:
+def _steering(summary: pd.DataFrame, contrasts: pd.DataFrame) -> Iterable[str]:
     share, what = "recovered", "the vector recovers {} of what h_BB loses"
     if "gap_closed" in summary:
         share, what = "gap_closed", "the vector closes {} of the gap to the prompt with the persona"
@@ -145,6 +151,14 @@ def _steering(summary: pd.DataFrame) -> Iterable[str]:
             sentence += f", lowest at α = {best['alpha']:g} ({best['median']:.3g})"
         if not math.isnan(best[share]):
             sentence += f"; there {what.format(_share(best, share))}"
+        without = [
+            row
+            for row in _records(contrasts.dropna(subset=["lo"]))
+            if (row["control"], row["alpha"], row["beta"]) == (NO_PERSONA, best["alpha"], beta)
+        ]
+        for row in without:
+            verdict = {-1: "costs less than", 1: "costs more than"}.get(_side(row))
+            sentence += f", and {verdict or 'cannot be told apart from'} leaving Δ_X out (α = 0)"
         yield sentence + "."
     yield from _few_cells(summary)
 
@@ -176,16 +190,18 @@ def _edit(row: Mapping[str, Any]) -> str:
 
 
 def _geometry(table: pd.DataFrame) -> Iterable[str]:
-    medians = table.groupby(["position", "layer"], sort=False)[
-        ["cos_xy_sum", "inter_over_xy"]
-    ].median()
-    if medians.isna().all(axis=None):
+    # Where all prompts are the same so far (p_last at layer 0) there is no effect to speak of.
+    if "norm_dxy" in table:
+        lengths = table.groupby(["position", "layer"], sort=False)["norm_dxy"]
+        table = table[lengths.transform("median") > 0]
+    if table["cos_xy_sum"].isna().all():
         return
-    low, high = medians["cos_xy_sum"].min(), medians["cos_xy_sum"].max()
-    rest = medians["inter_over_xy"]
+    medians = table.groupby(["position", "layer"], sort=False)[["cos_xy_sum", "inter_over_xy"]]
+    cosines, rest = medians.median()["cos_xy_sum"], medians.median()["inter_over_xy"]
     yield (
-        f"The effects add up in direction, cos(Δ_XY, Δ_X+Δ_Y) {low:.2f} to {high:.2f}, while "
-        f"‖Inter‖ is {100 * rest.min():.0f} to {100 * rest.max():.0f} % of ‖Δ_XY‖."
+        f"cos(Δ_XY, Δ_X+Δ_Y) is {cosines.min():.2f} to {cosines.max():.2f} (1 where the effects "
+        f"add up in direction), and ‖Inter‖ is {100 * rest.min():.0f} to {100 * rest.max():.0f} % "
+        "of ‖Δ_XY‖."
     )
     if "inter_over_xy_normed" not in table:
         return
@@ -205,10 +221,14 @@ def _geometry(table: pd.DataFrame) -> Iterable[str]:
 
 def _few_cells(summary: pd.DataFrame) -> Iterable[str]:
     column = next(name for name in ("median_lo", "distinct_lo") if name in summary)
-    if summary[column].isna().all():
-        n = int(summary["n"].max())
-        cells = "cell is" if n == 1 else "cells are"
-        yield f"{n} {cells} too few for intervals; expect other cells to differ."
+    n = int(summary["n"].max())
+    if n < MIN_CELLS and summary[column].isna().all():
+        verb = "is" if n == 1 else "are"
+        yield f"{_cells(n)} {verb} too few for intervals; expect other cells to differ."
+
+
+def _cells(n: int) -> str:
+    return f"{n} cell{'' if n == 1 else 's'}"
 
 
 def _shares(shares: pd.Series[float]) -> str:
@@ -220,9 +240,8 @@ def _shares(shares: pd.Series[float]) -> str:
     ]
     if len(found) <= _MOST_SHARES:
         return ", ".join(found)
-    low, high = (
-        f"{percents[layer]} (layer {layer})" for layer in (shares.idxmin(), shares.idxmax())
-    )
+    ends = (str(shares.idxmin()), str(shares.idxmax()))
+    low, high = (f"{percents[layer]} (layer {layer})" for layer in ends)
     return f"between {low} and {high}"
 
 

@@ -69,13 +69,15 @@ def join(plans: Sequence[Plan]) -> JointPlan:
     """Make one plan of several, which were made for the same model and the same baselines.
 
     Raises:
-        ValueError: plans that cannot share a run: other windows, other Δ_X to use, one name for
-            two cells, or cells of which only some need the residual of another persona.
+        ValueError: plans that cannot share a run: other windows or seeds, other Δ_X to use, one
+            name for two cells, or cells of which only some need the residual of another persona.
     """
     first = plans[0]
     windows = {plan.window for plan in plans if any(edit.scored for edit in plan.edits)}
-    if len(windows) > 1 or any(plan.given_x != first.given_x for plan in plans):
-        raise ValueError("plans with different windows or given effects cannot be joined")
+    if len(windows) > 1 or any(
+        (plan.given_x, plan.seed) != (first.given_x, first.seed) for plan in plans
+    ):
+        raise ValueError("plans with different windows, seeds or given effects cannot be joined")
     prompts: dict[str, Prompt] = {p.text: p for plan in plans for p in plan.prompts}
     place = {text: index for index, text in enumerate(prompts)}
     cells: dict[tuple[str, str], CellPlan] = {}

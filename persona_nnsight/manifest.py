@@ -78,7 +78,7 @@ def reproduction_manifest(
     Args:
         model: what it ran on.
         parts: the tables, which are the names of their directories.
-        seconds: wall time by grid.
+        seconds: wall time by pass.
         complete: whether it came to its end.
     """
     return {

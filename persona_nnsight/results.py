@@ -48,7 +48,7 @@ class Result:
         geometry: how the effects add up per cell and site (`tables.geometry_table`); no rows where
             Δ_X was given.
         texts: greedy texts, if any were asked for.
-        seconds: wall time by stage.
+        seconds: wall time by stage; of the whole pass where several plans shared one.
         complete: False when the run was interrupted; the tables then hold what was finished.
     """
 
@@ -102,10 +102,10 @@ class Result:
         text = json.dumps(manifest, indent=1, ensure_ascii=False)
         (directory / "run.json").write_text(text + "\n", encoding="utf-8")
 
-    @cached_property
+    @property
     def tables(self) -> dict[str, pd.DataFrame]:
         """The tables of the run directory by file name; empty ones are not written."""
-        return {"geometry": self.geometry}
+        raise NotImplementedError
 
 
 def _present(text: Text) -> dict[str, object]:
@@ -133,8 +133,13 @@ class CaptureResult(Result):
         return self.geometry
 
     def summary(self) -> pd.DataFrame:
-        """Median geometry per site."""
-        return geometry_summary(self.geometry)
+        """Median geometry per site (`persona_nnsight.tables.geometry_summary`)."""
+        return self.tables["summary"]
+
+    @cached_property
+    def tables(self) -> dict[str, pd.DataFrame]:
+        """The tables of the run directory by file name; empty ones are not written."""
+        return {"geometry": self.geometry, "summary": geometry_summary(self.geometry)}
 
     def vectors(self) -> Vectors:
         """The pure effects at the prompt positions, to be saved and applied to other tasks.

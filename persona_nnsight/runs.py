@@ -33,7 +33,7 @@ if TYPE_CHECKING:
 
 _TEXT_COLUMNS = (
     *("persona", "task", "condition", "control", "host", "position", "layers", "measure", "hits"),
-    *("published_model", "published_layers"),
+    *("published_model", "published_dtype", "published_layers"),
 )
 
 

@@ -17,6 +17,8 @@ from persona_nnsight.errors import PersonaError
 
 #: The five depths of the paper's first table, as fractions of the number of layers.
 DEFAULT_LAYERS = "25%,40%,55%,70%,85%"
+#: The depth at which the paper generates text and injects: layer 14 of 26.
+EDITED_DEPTH = "55%"
 DEFAULT_POSITIONS = "p_last,g1,g2"
 
 #: How the sites of an unedited run are written in tables.

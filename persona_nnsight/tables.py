@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import pandas as pd
@@ -23,6 +23,12 @@ if TYPE_CHECKING:
 
 #: KLs below this, in nats, are rounding: a share of them means nothing and is left empty.
 KL_FLOOR = 1e-5
+
+#: The measures of geometry that are summarised.
+RATIOS = ("cos_xy_sum", "cos_x_y", "inter_over_xy", "inter_over_xy_normed")
+
+#: How `contrasts` calls a steering without Δ_X (α = 0).
+NO_PERSONA = "alpha_0"
 
 _CELL = ["persona", "task"]
 _SITE = ["host", "position", "layers"]
@@ -76,12 +82,21 @@ def geometry_table(
 
 
 def geometry_summary(table: pd.DataFrame) -> pd.DataFrame:
-    """Medians over cells of the reported ratios, one row per site, with ``n`` cells."""
-    ratios = ("cos_xy_sum", "cos_x_y", "inter_over_xy", "inter_over_xy_normed")
-    grouped = table.groupby(["position", "layer"], sort=False)
-    summary = grouped[[name for name in ratios if name in table]].median()
-    summary["n"] = grouped["cos_xy_sum"].count()
-    return summary.reset_index()
+    """Medians over cells of the `RATIOS`, one row per site, with ``n`` cells.
+
+    ``…_lo`` and ``…_hi`` are bootstrap 95 % intervals of the medians.
+    """
+    ratios = [name for name in RATIOS if name in table]
+    site = table.groupby(["position", "layer"], sort=False)
+    cell = table.groupby(_CELL, sort=False).ngroup()
+    summary = table[["position", "layer"]].drop_duplicates(ignore_index=True)
+    for name in ratios:
+        wide = table[name].set_axis([cell, site.ngroup()]).unstack()
+        summary[name] = wide.median().to_numpy()
+        ends = interval(drawn_medians(wide.to_numpy(dtype=float)))
+        summary[f"{name}_lo"], summary[f"{name}_hi"] = ends
+    summary["n"] = site["cos_xy_sum"].count().to_numpy()
+    return summary
 
 
 def kl_table(plan: Plan, scores: Iterable[Scored]) -> pd.DataFrame:
@@ -129,9 +144,10 @@ def kl_summary(table: pd.DataFrame) -> pd.DataFrame:
 
     ``n`` counts the cells that have a window at all; ``median_lo`` and ``median_hi`` are the
     bootstrap 95 % interval of the median (`persona_nnsight.bootstrap`), empty below five cells.
-    A substitution's ``recovered`` is 1 - median KL / median KL of condition ``bb`` at the same site
-    (empty without that condition, or where its median is below `KL_FLOOR`: there is nothing to
-    recover); an injection's ``gap_closed`` is the median over cells. Both with intervals.
+    A substitution's ``recovered`` is 1 - median KL / median KL of condition ``bb`` at the same
+    site; empty without that condition, where an interrupted run has it in other cells, or where
+    its median is below `KL_FLOOR`: there is nothing to recover. An injection's ``gap_closed`` is
+    the median over cells. Both with intervals.
     """
     summary, (wide,) = _wide(table, "kl")
     draws = drawn_medians(wide.to_numpy())
@@ -146,9 +162,9 @@ def kl_summary(table: pd.DataFrame) -> pd.DataFrame:
         ends = interval(drawn_medians(closed.to_numpy()))
         summary["gap_closed_lo"], summary["gap_closed_hi"] = ends
     if (summary["host"] == "XY").any():
-        neither = _control_columns(summary, "bb")
-        summary["recovered"] = _recovered(summary["median"].to_numpy()[None], neither)[0]
-        ends = interval(_recovered(draws, neither))
+        neither, n = _control_columns(summary, "bb"), summary["n"].tolist()
+        summary["recovered"] = _recovered(summary["median"].to_numpy()[None], neither, n)[0]
+        ends = interval(_recovered(draws, neither, n))
         summary["recovered_lo"], summary["recovered_hi"] = ends
     return summary
 
@@ -157,18 +173,20 @@ def contrasts(table: pd.DataFrame) -> pd.DataFrame:
     """The difference that a condition makes from its controls, paired by cell.
 
     At every site of XY ``additive`` is set against every other condition but ``clean`` and
-    ``steer`` against ``bb``; in BY everything is set against the unedited ``host``. ``difference``
+    ``steer`` against ``bb``; in BY everything is set against the unedited ``host``. A ``steer`` is
+    also set against α = 0 with the same β, under the name ``alpha_0``. ``difference``
     is the median over cells of KL(condition) - KL(control), in nats, ``lo`` and ``hi`` its
     bootstrap 95 % interval, ``lower`` the number of the ``n`` cells in which the condition's KL is
     below the control's by more than `KL_FLOOR`.
     """
     edits, (wide,) = _wide(table, "kl")
     kl = wide.to_numpy()
+    rows: list[dict[Any, Any]] = edits.to_dict("records")
     pairs = [
         (i, j)
-        for i in edits.index
-        for j in edits.index
-        if _are_contrasted(edits.loc[i], edits.loc[j])
+        for i, subject in enumerate(rows)
+        for j, control in enumerate(rows)
+        if _are_contrasted(subject, control)
     ]
     subjects, controls = ([pair[side] for pair in pairs] for side in (0, 1))
     differences = kl[:, subjects] - kl[:, controls]
@@ -176,7 +194,8 @@ def contrasts(table: pd.DataFrame) -> pd.DataFrame:
         drop=True
     )
     found["condition"] = edits["condition"].to_numpy()[subjects]
-    found["control"] = edits["condition"].to_numpy()[controls]
+    names = edits["condition"].where(edits["condition"] != STEER, NO_PERSONA)
+    found["control"] = names.to_numpy()[controls]
     frame = pd.DataFrame(differences)
     found["n"] = frame.count().to_numpy()
     found["difference"] = frame.median().to_numpy()
@@ -221,18 +240,24 @@ def marker_summary(table: pd.DataFrame) -> pd.DataFrame:
     """Markers over cells, one row per edit, with bootstrap 95 % intervals.
 
     ``any`` counts the cells whose text has a marker, ``distinct`` is the mean number of distinct
-    markers in a text, ``n`` the number of cells.
+    markers in a text, ``n`` the number of cells. Where all cells are the same the draws are too,
+    and the interval is left empty.
     """
     summary, (any_found, distinct) = _wide(table, "any", "distinct")
     n = any_found.count().to_numpy()
     summary["any"] = any_found.sum().astype(int).to_numpy()
-    low, high = interval(drawn_means(any_found.to_numpy()))
+    low, high = interval(drawn_means(_varying(any_found)))
     summary["any_lo"], summary["any_hi"] = low * n, high * n
     summary["distinct"] = distinct.mean().to_numpy()
-    ends = interval(drawn_means(distinct.to_numpy()))
+    ends = interval(drawn_means(_varying(distinct)))
     summary["distinct_lo"], summary["distinct_hi"] = ends
     summary["n"] = n
     return summary
+
+
+def _varying(values: pd.DataFrame) -> Floats:
+    """The values, without the columns in which all are the same."""
+    return np.where(values.nunique().to_numpy() > 1, values.to_numpy(dtype=float), np.nan)
 
 
 #: Which conditions of `markers` are set against each other.
@@ -302,11 +327,11 @@ def _control_columns(edits: pd.DataFrame, control: str) -> list[int | None]:
     return [place.get(tuple(site)) if site.host == "XY" else None for site in sites]
 
 
-def _recovered(medians: Floats, neither: Sequence[int | None]) -> Floats:
-    """1 - median / median of the control, [draws, edits]."""
+def _recovered(medians: Floats, neither: Sequence[int | None], n: Sequence[int]) -> Floats:
+    """1 - median / median of the control, [draws, edits]; empty where they have other cells."""
     shares = np.full_like(medians, np.nan)
     for column, control in enumerate(neither):
-        if control is not None:
+        if control is not None and n[column] == n[control]:
             of = medians[:, control]
             with np.errstate(divide="ignore", invalid="ignore"):
                 share = 1 - medians[:, column] / of
@@ -314,16 +339,22 @@ def _recovered(medians: Floats, neither: Sequence[int | None]) -> Floats:
     return shares
 
 
-def _are_contrasted(subject: pd.Series[str], control: pd.Series[str]) -> bool:
-    if subject["host"] != control["host"] or subject["condition"] == control["condition"]:
+def _are_contrasted(subject: Mapping[Any, Any], control: Mapping[Any, Any]) -> bool:
+    """Whether one edit is set against another; see `contrasts`."""
+    if subject["host"] != control["host"]:
+        return False
+    at_one_site = all(bool(subject[name] == control[name]) for name in _SITE)
+    pair = (subject["condition"], control["condition"])
+    if pair == (STEER, STEER):
+        leaves_x_out = subject["alpha"] != 0 and control["alpha"] == 0
+        return at_one_site and leaves_x_out and bool(subject["beta"] == control["beta"])
+    if pair[0] == pair[1]:
         return False
     if subject["host"] == "BY":
-        return control["condition"] == HOST
-    if any(subject[name] != control[name] for name in _SITE):
-        return False
-    if subject["condition"] == STEER:
-        return control["condition"] == "bb"
-    return subject["condition"] == "additive" and control["condition"] != "clean"
+        return bool(pair[1] == HOST)
+    if pair[0] == STEER:
+        return at_one_site and bool(pair[1] == "bb")
+    return at_one_site and bool(pair[0] == "additive" and pair[1] != "clean")
 
 
 def _share(kl: pd.Series[float], of: pd.Series[float]) -> pd.Series[float]:

@@ -37,7 +37,7 @@ def test_capture(persona: Persona, tiny_dir: TinyDir, tiny: Callable[..., Model]
     )
     assert outcome.code == 0, outcome.err
     out = Path("outputs/capture-llama-tiny-1")
-    assert files(out) == ["geometry.csv", "residuals.safetensors", "run.json"]
+    assert files(out) == ["geometry.csv", "residuals.safetensors", "run.json", "summary.csv"]
     assert str(out) in outcome.out
 
     library = capture(tiny("llama"), TINY_GRID, layers=[2, 4], positions=["p_last", "g1"])

@@ -182,10 +182,14 @@ def test_nothing_is_said_of_a_substitution_without_the_controls_it_needs() -> No
     additive = summary_row("additive", "8", 0.2)
     by = summary_row("by", "8", 0.3)
     against = [contrast_row("additive", "by", "8", BELOW)]
-    assert said("substitute", [additive, by], against) == []
+    without_bb = [
+        "At p_last the additive vector costs less than leaving the persona out (by) at layer 8."
+    ]
+    assert said("substitute", [additive, by], against) == without_bb
     del additive["recovered"]
     del by["recovered"]
-    assert said("substitute", [additive, by], against) == []
+    assert said("substitute", [additive, by], against) == without_bb
+    assert said("substitute", [additive, by]) == []
     assert said("substitute", [by, summary_row("bb", "8", 0.01, share=0.0)]) == [
         "At p_last, layer 8, a low KL is nearly free: even h_BB costs no more than 0.01 nats."
     ]
@@ -270,17 +274,17 @@ def test_an_injection_is_told_by_its_best_layers() -> None:
     )
     assert oracle == (
         "Writing the true residual (oracle) closes at most 23 % (13 to 33) of that gap, at layer "
-        "14; its KL is below the unedited prompt's."
+        "14, the best of 2 sets; its KL is below the unedited prompt's."
     )
     assert cached.startswith("Writing h_BB + Δ_X + Δ_Y (cached) closes at most -5 % (-15 to 5)")
-    assert "8+14; its KL is above the unedited prompt's." in cached
+    assert "8+14, the best of 3 sets; its KL is above the unedited prompt's." in cached
 
 
 @pytest.mark.parametrize(
     ("ends", "verdict"),
     [
         (ACROSS, "its KL cannot be told apart from the unedited prompt's."),
-        (UNKNOWN, "its KL is below in 3 of 4 cells against the unedited prompt's."),
+        (UNKNOWN, "its KL is below the unedited prompt's in 3 of 4 cells."),
     ],
 )
 def test_an_injection_that_is_not_told_apart(ends: tuple[float, float], verdict: str) -> None:
@@ -304,7 +308,7 @@ def test_an_injection_of_one_cell() -> None:
     )
     assert found[1:] == [
         "Writing the true residual (oracle) closes at most 25 % of that gap, at layer 8; its KL "
-        "is below in 1 of 1 cells against the unedited prompt's.",
+        "is below the unedited prompt's in 1 of 1 cell.",
         "1 cell is too few for intervals; expect other cells to differ.",
     ]
 
@@ -511,8 +515,8 @@ def geometry(
 
 
 ADDED_UP = (
-    "The effects add up in direction, cos(Δ_XY, Δ_X+Δ_Y) 0.50 to 0.80, while ‖Inter‖ is 40 to "
-    "70 % of ‖Δ_XY‖."
+    "cos(Δ_XY, Δ_X+Δ_Y) is 0.50 to 0.80 (1 where the effects add up in direction), and ‖Inter‖ is "
+    "40 to 70 % of ‖Δ_XY‖."
 )
 
 

@@ -13,8 +13,10 @@ import pytest
 from conftest import TINY_GRID, Persona
 
 from persona_nnsight import Grid, Model, PersonaError, inject, read_table, substitute
+from persona_nnsight.engine import run
 from persona_nnsight.execution import execute
 from persona_nnsight.experiments.markers import markers
+from persona_nnsight.reproduction import protocol
 from persona_nnsight.reproduction.protocol import (
     TABLES,
     edited_layer,
@@ -83,6 +85,11 @@ def test_layers_are_the_papers_own_on_its_models(tiny: Tiny) -> None:
 
 
 def test_layers_on_another_model() -> None:
+    """One scale for all tables: layer 14 of Tables 3 and 4 stands where Table 1's does."""
+    for n_layers in (12, 24, 30, 36, 48):
+        middle = reference_layers("table1", n_layers)["14"]
+        assert str(edited_layer(n_layers)) == middle
+        assert reference_layers("table4", n_layers)["14"] == middle
     assert edited_layer(30) == 16
     assert layer_sets(30)[1] == (12, 14, 16)
     assert reference_layers("table1", 30) == {
@@ -154,13 +161,15 @@ def test_beside_the_same_model_the_difference_is_ours_minus_theirs(made: Reprodu
     plan = made.studies["table2"].plan
     names = dict(zip(map(str, plan.layers), ("10", "14", "18"), strict=False))
     result = replace(made.results["table2"], model=gemma)
-    for table in result.tables.values():
+    tables = {name: table.copy() for name, table in result.tables.items()}
+    for table in tables.values():
         for column in ("layers", "layer"):
             if column in table:
                 renamed = table[column].astype(str).map(names)
                 table[column] = renamed if column == "layers" else renamed.astype(int)
+    result = replace(result, geometry=tables["geometry"])
+    result.__dict__["tables"] = tables
     changed = replace(made, results={"table2": result})
-    changed.results["table2"].__dict__["tables"] = result.tables
     table = changed.table("table2")
     both = table[table["published"].notna()]
     assert len(both) > 20
@@ -184,11 +193,27 @@ def test_beside_the_same_model_the_difference_is_ours_minus_theirs(made: Reprodu
 
 
 def test_the_papers_stimuli_are_known() -> None:
-    assert has_paper_stimuli(Grid.load("short"), "short")
-    assert not has_paper_stimuli(Grid.load("long"), "long")
+    short = Grid.load("short")
+    assert has_paper_stimuli(short, "table1")
+    assert not has_paper_stimuli(short.select(["yoda"]), "table1")
+    for table in TABLES[1:]:
+        assert not has_paper_stimuli(short, table)
+        assert not has_paper_stimuli(Grid.load("long"), table)
     data: dict[str, Any] = Grid.load("short").to_dict()
     data["tasks"]["haiku"] += "!"
-    assert not has_paper_stimuli(Grid.from_dict(data), "short")
+    assert not has_paper_stimuli(Grid.from_dict(data), "table1")
+
+
+def test_the_papers_long_grid_needs_no_tags(monkeypatch: pytest.MonkeyPatch, tiny: Tiny) -> None:
+    """Its file tags no tasks as reviews: they are known by their keys."""
+    data = LONG.to_dict()
+    data["tasks"] = {"arch": "one.", "plan": "two.", "proposal": "three.", "haiku": "four."}
+    untagged = Grid.from_dict(data)
+    with pytest.raises(PersonaError, match="tagged 'review'"):
+        plan_study("table4", tiny("llama"), TINY_GRID, untagged)
+    monkeypatch.setitem(protocol._STIMULI, "table2", protocol._digest(untagged))
+    study = plan_study("table4", tiny("llama"), TINY_GRID, untagged)
+    assert study.grid.task_keys == ("arch", "plan", "proposal")
 
 
 @pytest.mark.parametrize(
@@ -248,7 +273,13 @@ def test_the_command(
         *("--grid", "short=grid.yaml", "--grid", "long=long.yaml", "--out", "rep"),
     )
     assert outcome.code == 0, outcome.err
-    for text in ("Table 1", "Table 4", "gemma-2-2b-it, another model", "recovered", "bb (control)"):
+    for text in (
+        "Table 1",
+        "Table 4",
+        "gemma-2-2b-it (another model, other",
+        "recovered",
+        "bb (control)",
+    ):
         assert text in outcome.out
     out = Path("rep")
     manifest = json.loads((out / "run.json").read_text())
@@ -275,6 +306,34 @@ def test_the_command(
     report = json.loads(machine.out)
     assert list(report["tables"]) == ["table4"]
     assert report["findings"]["table4"]
+
+
+def test_interrupting_the_command(
+    persona: Persona, tiny_dir: Callable[..., Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Tables with holes are shown, kept and marked, wherever the interruption falls."""
+    (tmp_path / "long.yaml").write_text(LONG.to_yaml(), encoding="utf-8")
+    command = ("reproduce", "-m", tiny_dir("llama"), "--only", "table2,table4", "-g")
+    for stop in (9, 9 * 5 + 4, 9 * 14, 9 * 24 + 1):
+        monkeypatch.setattr("persona_nnsight.execution.run", cut_off(after=stop))
+        out = Path(f"cut{stop}")
+        outcome = persona(*command, "long=long.yaml", "--out", out)
+        assert outcome.code == 130, outcome.err
+        assert "Interrupted" in outcome.err
+        assert json.loads((out / "run.json").read_text())["complete"] is False
+        assert "interrupted" in (out / "report.html").read_text(encoding="utf-8")
+
+
+def cut_off(after: int) -> Callable[..., Any]:
+    """The engine, interrupted after so many events."""
+
+    def interrupted(*arguments: Any) -> Any:
+        for number, event in enumerate(run(*arguments)):
+            if number == after:
+                raise KeyboardInterrupt
+            yield event
+
+    return interrupted
 
 
 @pytest.mark.parametrize(

@@ -11,6 +11,7 @@ import pandas as pd
 import pytest
 import torch
 
+from persona_nnsight.bootstrap import drawn_medians, interval
 from persona_nnsight.engine import Scored
 from persona_nnsight.grids import Grid
 from persona_nnsight.plan import CellPlan, Edit, Plan
@@ -350,6 +351,7 @@ def test_every_steering_is_set_against_what_has_no_factor(host: str) -> None:
     assert pairs(table, "host", "layers", "alpha", "beta") == [
         ("steer", control, host, "8", 0.0, 1.0),
         ("steer", control, host, "8", 2.0, 1.0),
+        ("steer", "alpha_0", host, "8", 2.0, 1.0),  # not with β = 0: α = 0 is not in that sweep
         ("steer", control, host, "8", 2.0, 0.0),
     ]
 
@@ -520,10 +522,13 @@ def test_marker_summary() -> None:
     # Cells with a marker, drawn ten times, are binomial: P(X <= 1) is 1 % and P(X <= 2) 5 % of
     # five in ten.
     assert values(ends, 0, "any_lo", "any_hi") == approx(2, 8)
-    assert values(ends, 3, *ends) == [0.0] * 4
-    assert values(ends, 4, "any_lo", "any_hi") == approx(10, 10)
-    assert (ends["distinct_lo"] <= found["distinct"]).all()
-    assert (ends["distinct_hi"] >= found["distinct"]).all()
+    # Nothing varies where no text, or every text, has a marker: no certainty, but no interval.
+    assert ends.loc[3].isna().all()
+    assert ends.loc[4, ["any_lo", "any_hi"]].isna().all()
+    varying = found["distinct_lo"].notna()
+    assert varying.sum() == 5
+    assert (ends["distinct_lo"] <= found["distinct"])[varying].all()
+    assert (ends["distinct_hi"] >= found["distinct"])[varying].all()
     low, high = values(ends, 4, "distinct_lo", "distinct_hi")
     assert 1.2 < low < 1.6 < 1.8 < high < 2.3
 
@@ -552,8 +557,8 @@ def test_marker_summary_draws_from_the_cells_that_an_edit_has() -> None:
     made = [*texts(10, ("clean", None)), *texts(5, ("remove_x", "14"))]
     found = marker_summary(marker_table(GRID, made))
     assert found["n"].tolist() == [10, 5]
+    assert found.loc[1, ["any_lo", "any_hi"]].isna().all()  # all five texts have a marker
     ends = values(found, 1, "any_lo", "any_hi", "distinct_lo", "distinct_hi")
-    assert ends[:2] == approx(5, 5)
     # 3, 3, 2, 2, 2: all five draws are a 2 with chance 8 %, all a 3 with 1 %.
     assert ends[2] == pytest.approx(2.0)
     assert 2.7 < ends[3] <= 3.0
@@ -650,4 +655,16 @@ def test_geometry_summary_takes_medians_over_cells() -> None:
         [("g1", 8, 0.5, -0.5, 1.0, 3), ("g1", 14, 0.5, 0.5, 2.5, 2)],
         columns=["position", "layer", "cos_xy_sum", "cos_x_y", "inter_over_xy", "n"],
     )
-    pd.testing.assert_frame_equal(found, expected)
+    pd.testing.assert_frame_equal(found[list(expected)], expected)
+    assert found.filter(regex="_(lo|hi)$").isna().all(axis=None)  # three cells are too few
+
+
+def test_geometry_summary_has_intervals_of_its_medians() -> None:
+    cosines = torch.linspace(0.1, 0.9, 9)[:, None, None]
+    measures = {"cos_xy_sum": cosines, "inter_over_xy": torch.full((9, 1, 1), 0.5)}
+    made = Plan(**{**vars(plan(cells=9)), "positions": ("g1",), "layers": (8,)})
+    (row,) = geometry_summary(geometry_table(made, range(9), measures)).to_dict("records")
+    low, high = interval(drawn_medians(cosines.numpy().reshape(9, 1).astype(float)))
+    assert (row["cos_xy_sum_lo"], row["cos_xy_sum_hi"]) == pytest.approx((low[0], high[0]))
+    assert low[0] < row["cos_xy_sum"] < high[0]
+    assert (row["inter_over_xy_lo"], row["inter_over_xy_hi"]) == (0.5, 0.5)

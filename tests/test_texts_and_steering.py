@@ -130,6 +130,19 @@ def test_steering_writes_text_under_all_its_edits(tiny: Tiny) -> None:
     assert list(result.tables["markers"]["condition"]) == ["bb", "steer", "clean"]
 
 
+@pytest.mark.parametrize(("positions", "window"), [("p_last,g1", 1), ("g1,g4", 3)])
+def test_sites_beyond_the_window_change_no_kl(tiny: Tiny, positions: str, window: int) -> None:
+    """Their logits come after the window; a text is written under them all the same."""
+    options: dict[str, Any] = {"layers": (1, 3), "alpha": (0.0, 2.0), "window": window}
+    grid = MARKED.select(["marx"])
+    both = steer(tiny("llama"), grid, positions=positions, generate=6, **options)
+    first = steer(tiny("llama"), grid, positions=positions.split(",")[0], generate=6, **options)
+    assert both.frame()["kl"].to_numpy() == pytest.approx(
+        first.frame()["kl"].to_numpy(), **TINY_TOLERANCE
+    )
+    assert [text.text for text in both.texts] != [text.text for text in first.texts]
+
+
 def test_steering_meets_the_fixed_conditions(tiny: Tiny) -> None:
     """α = β = 1 is additive, 0, 1 by, 1, 0 xb and 0, 0 bb; in the BY host, 0, 1 is the host."""
     model = tiny("qwen2")

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Annotated
 
+import typer
 from rich.console import RenderableType
 from rich.table import Table
 
@@ -30,7 +31,13 @@ def capture(
     cells: o.CellOptions,
     layers: o.Layers = DEFAULT_LAYERS,
     positions: o.Positions = DEFAULT_POSITIONS,
-    window: o.Window = 10,
+    window: Annotated[
+        int,
+        typer.Option(
+            help="How many tokens of XY's continuation to keep beyond the last position.",
+            rich_help_panel="Sites and measure",
+        ),
+    ] = 10,
     run: o.RunOptions,
 ) -> None:
     """Record what persona and task do to the residual stream, and how the two effects add up.

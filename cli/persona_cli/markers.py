@@ -11,6 +11,7 @@ from rich.table import Table
 from persona_cli import options as o
 from persona_cli.console import titled
 from persona_cli.running import run_experiment, span
+from persona_nnsight.sites import EDITED_DEPTH
 
 if TYPE_CHECKING:
     from persona_nnsight.results import Result
@@ -20,7 +21,7 @@ def markers(
     *,
     model: o.ModelOptions,
     cells: o.LongCellOptions,
-    layers: o.Layers = "55%",
+    layers: o.Layers = EDITED_DEPTH,
     tokens: Annotated[
         int,
         typer.Option(help="Length of a text, in tokens.", rich_help_panel="Sites and measure"),

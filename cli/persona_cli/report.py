@@ -36,18 +36,11 @@ def report(
     Example: persona report outputs/substitute-smollm2-135m-short-1
     """
     from persona_nnsight.report import write_report
+    from persona_nnsight.runs import default_directory
 
     if out is None and len(runs) > 1:
-        out = _free_directory(Path("outputs"))
+        out = default_directory("report")
     note_step("Drawing the figures")
     page = write_report(runs, out)
     typer.echo(page)
     typer.echo(page.parent / "figures")
-
-
-def _free_directory(root: Path) -> Path:
-    """``report-N`` with the lowest N that is free."""
-    n = 1
-    while (directory := root / f"report-{n}").exists():
-        n += 1
-    return directory

@@ -16,6 +16,7 @@ from persona_cli import options as o
 from persona_cli.console import note_step, notes, output
 from persona_cli.running import (
     as_records,
+    cost_summary,
     note_interruption,
     percent,
     prepare,
@@ -89,19 +90,25 @@ def reproduce(
     from persona_nnsight.reproduction.reproduce import (
         ReproductionInterrupted,
         carry_out,
+        in_passes,
+        joint_plan,
         plan_reproduction,
     )
 
     short, long = _grids(grids or [])
 
     def show_plan(skeleton: Model, studies: list[Study]) -> None:
-        if run.as_json:
-            tables = {study.table: study.plan.n_results for study in studies}
-            print(json.dumps({"command": "reproduce", "rows": tables}, indent=1))
+        passes = in_passes(studies)
+        if run.as_json and run.dry_run:
+            costs = [cost_summary(skeleton, joint_plan(found), found[0].grid) for found in passes]
+            tables = [[study.table for study in found] for found in passes]
+            data = [{"tables": t, **cost} for t, cost in zip(tables, costs, strict=True)]
+            print(json.dumps({"command": "reproduce", "passes": data}, indent=1))
             return
-        for study in studies:
-            (output() if run.dry_run else notes).print(TITLES[study.table], style="italic")
-            show_costs(skeleton, study.grid, study.plan, run)
+        for found in passes:
+            title = "; ".join(TITLES[study.table] for study in found)
+            (output() if run.dry_run else notes).print(title, style="italic")
+            show_costs(skeleton, found[0].grid, joint_plan(found), run)
 
     ready = prepare(
         model,
@@ -172,6 +179,12 @@ def show_table(name: str, rows: pd.DataFrame) -> Table:
     over_all = rows[(rows["persona"] == "") & (rows["task"] == "")]
     theirs = str(rows["published_model"].iloc[0]).rpartition("/")[2]
     same = bool(rows["difference"].notna().any())
+    about = [
+        *([] if same else ["another model"]),
+        *([] if rows["same_stimuli"].all() else ["other texts"]),
+        str(rows["published_dtype"].iloc[0]),
+    ]
+    theirs = f"{theirs} ({', '.join(about)})"
     if name in ("table1", "table2"):
         return _by_layer(over_all[over_all["measure"] == "kl"], theirs, same=same)
     return _by_edit(over_all, theirs, markers=name == "table3", same=same)
@@ -182,10 +195,17 @@ def _by_layer(rows: pd.DataFrame, theirs: str, *, same: bool) -> Table:
     table = Table(box=None, pad_edge=False)
     for heading in ("position", "median KL, nats"):
         table.add_column(heading)
-    for layer in dict.fromkeys(rows["layers"]):
+    layers = list(dict.fromkeys(rows["layers"]))
+    for layer in layers:
         table.add_column(f"L{layer}", justify="right")
     for position, at in rows.groupby("position", sort=False):
-        found = {name: cells.to_dict("records") for name, cells in at.groupby("condition")}
+        # Of a run that was interrupted some are missing.
+        cells = {(row["condition"], row["layers"]): row for row in at.to_dict("records")}
+        empty = dict.fromkeys(at.select_dtypes("number"), math.nan)
+        found = {
+            name: [cells.get((name, layer), empty) for layer in layers]
+            for name in ("additive", "bb", "by")
+        }
         additive = found["additive"]
         table.add_row(str(position), "additive", *(_number(row["value"], 4) for row in additive))
         spans = (span(row["lo"], row["hi"], digits=4) for row in additive)
@@ -195,7 +215,7 @@ def _by_layer(rows: pd.DataFrame, theirs: str, *, same: bool) -> Table:
             values = (_number(row["value"], 4) for row in found[control])
             table.add_row("", f"{control} (control)", *values)
         published = (_published(row, 4, layer=not same) for row in additive)
-        table.add_row("", theirs if same else f"{theirs}, another model", *published)
+        table.add_row("", theirs, *published)
         if same:
             table.add_row("", "ours - theirs", *(_number(row["difference"], 4) for row in additive))
         table.add_section()
@@ -209,7 +229,7 @@ def _by_edit(rows: pd.DataFrame, theirs: str, *, markers: bool, same: bool) -> T
         table.add_column(heading)
     for heading in ("ours", "95 %", *([] if markers else ["gap closed"])):
         table.add_column(heading, justify="right")
-    table.add_column(theirs if same else f"{theirs}, another model", justify="right")
+    table.add_column(theirs, justify="right")
     if same:
         table.add_column("ours - theirs", justify="right")
     for row in rows[rows["measure"].isin(("kl", "any", "distinct"))].to_dict("records"):

@@ -187,28 +187,19 @@ def show_costs(model: Model, grid: Grid, plan: Plan, run: RunOptions) -> None:
     from persona_nnsight.costs import estimate, fit_limits
     from persona_nnsight.weights.model_files import human_size
 
-    limits = fit_limits(plan, model)
-    cost = estimate(plan, model, limits)
     if run.as_json and run.dry_run:
-        summary = {
-            "command": plan.command,
-            "model": model.weights.model_id,
-            "grid": grid.name,
-            "layers": plan.layers,
-            "positions": plan.positions,
-            "window": plan.window,
-            "cells": [[cell.persona, cell.task] for cell in plan.cells],
-            "cost": cost.to_dict(),
-        }
+        summary = {"command": plan.command, **cost_summary(model, plan, grid)}
         print(json.dumps(summary, indent=1, ensure_ascii=False))
         return
+    limits = fit_limits(plan, model)
+    cost = estimate(plan, model, limits)
     dtype = str(model.dtype).removeprefix("torch.")
     rows = {
         "model": f"{model.weights.model_id}, {dtype} on {model.device}",
         "grid": f"{grid.name}, {cost.cells} cells",
         "layers": ", ".join(map(str, plan.layers)) + f" of {model.tree.n_layers}",
         "positions": ", ".join(plan.positions),
-        "edits": f"{cost.edits} per cell, {cost.edits * cost.cells} rows",
+        "rows": f"{plan.n_results}: {cost.cells} cells recorded, the rest KLs and texts",
         "unique prompts": f"{cost.unique_prompts}, {cost.prompt_tokens} tokens",
         "tokens": f"{cost.token_forwards} through the model",
         "forward passes": f"{cost.forward_passes}, up to {limits.rows} rows each",
@@ -220,6 +211,21 @@ def show_costs(model: Model, grid: Grid, plan: Plan, run: RunOptions) -> None:
     for name, value in rows.items():
         table.add_row(name, value)
     (output() if run.dry_run else notes).print(table)
+
+
+def cost_summary(model: Model, plan: Plan, grid: Grid) -> dict[str, Any]:
+    """What ``--dry-run --json`` says of a plan."""
+    from persona_nnsight.costs import estimate, fit_limits
+
+    return {
+        "model": model.weights.model_id,
+        "grid": grid.name,
+        "layers": plan.layers,
+        "positions": plan.positions,
+        "window": plan.window,
+        "cells": [[cell.persona, cell.task] for cell in plan.cells],
+        "cost": estimate(plan, model, fit_limits(plan, model)).to_dict(),
+    }
 
 
 def _summary(result: Result, directory: Path) -> dict[str, Any]:
@@ -245,8 +251,11 @@ def as_records(table: pd.DataFrame) -> list[dict[str, Any]]:
 
 def show_findings(result: Result) -> None:
     """Print what the numbers allow one to say."""
+    from persona_nnsight.findings import CAVEAT
+
     for sentence in result.findings():
         output().print(Text(f"\n{sentence}"))
+    output().print(f"\n{CAVEAT}", style="dim")
 
 
 def show_files(directory: Path) -> None:

@@ -13,6 +13,7 @@ from persona_cli import options as o
 from persona_cli.console import titled
 from persona_cli.running import fixed, percent, run_experiment, span
 from persona_nnsight.errors import PersonaError
+from persona_nnsight.sites import EDITED_DEPTH
 
 if TYPE_CHECKING:
     from persona_nnsight.results import Result
@@ -24,7 +25,7 @@ def steer(
     *,
     model: o.ModelOptions,
     cells: o.CellOptions,
-    layers: o.Layers = "55%",
+    layers: o.Layers = EDITED_DEPTH,
     positions: o.Positions = "p_last",
     window: o.Window = 10,
     alpha: Annotated[
@@ -81,8 +82,8 @@ def steer(
     tasks. With --host by that is the paper's cached case: a persona from a file, in a prompt that
     does not name it.
 
-    Writes kl.csv, summary.csv, contrasts.csv, geometry.csv, run.json, and with --generate
-    text.jsonl and markers.csv.
+    Writes kl.csv, summary.csv, contrasts.csv, geometry.csv (not with --vectors), run.json, and
+    with --generate text.jsonl and markers.csv.
 
     Example: persona steer --alpha 0:3:0.5 --layers 16 --generate 30 --save-vectors v.safetensors
     """

@@ -47,13 +47,16 @@ def score(
     prompts = [chunk.cells[cell].prompts[host.key] for cell, _ in batch]
     of_cell = torch.tensor([cell for cell, _ in batch], device=lm.device)
     in_batch = torch.arange(len(batch), device=lm.device)
-    offsets = {name: _fed_offsets(chunk, prompts, name) for name in edit.positions}
+    # A site that lies beyond the window cannot touch its logits, and is not fed.
+    reached = [name for name in edit.positions if generated_index(name) < k + plan.window]
+    offsets = {name: _fed_offsets(chunk, prompts, name) for name in reached}
     stored = host.residuals[entry]
     feed = stored[of_cell.to(stored.device), :fed]
     vectors = written_vectors(chunk, recorded, batch)
-    for name, vector in vectors.pop(entry, {}).items():
+    at_entry = vectors.pop(entry, {})
+    for name in reached if at_entry else ():
         where = (in_batch.to(feed.device), offsets[name].to(feed.device))
-        feed[where] = vector.to(feed.device, feed.dtype)
+        feed[where] = at_entry[name].to(feed.device, feed.dtype)
     n_tokens = (recorded.lengths[of_cell] - k).clamp(0, plan.window)
     continuations = recorded.continuations[of_cell]
     with lm.trace(
@@ -65,9 +68,9 @@ def score(
         layers[entry].input = feed
         for layer, written in vectors.items():
             hidden = layers[layer].input
-            for name, vector in written.items():
+            for name in reached:
                 where = (in_batch.to(hidden.device), offsets[name].to(hidden.device))
-                hidden[where] = vector.to(hidden.device, hidden.dtype)
+                hidden[where] = written[name].to(hidden.device, hidden.dtype)
         expected = clean[of_cell.to(clean.device), k : k + plan.window]
         kl = nnsight.save(window_kl(expected, lm.output.logits, n_tokens))
     results = list(zip(kl.tolist(), n_tokens.tolist(), strict=True))

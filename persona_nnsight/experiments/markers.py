@@ -10,13 +10,11 @@ from persona_nnsight.grids import Grid
 from persona_nnsight.models import Model
 from persona_nnsight.plan import Edit, Plan, build_plan
 from persona_nnsight.results import MarkersResult
-
-#: The depth of the paper's layer 14 of 26.
-DEFAULT_LAYERS = "55%"
+from persona_nnsight.sites import EDITED_DEPTH
 
 
 def plan_markers(
-    model: Model, grid: Grid, *, layers: Layers = DEFAULT_LAYERS, tokens: int = 80
+    model: Model, grid: Grid, *, layers: Layers = EDITED_DEPTH, tokens: int = 80
 ) -> Plan:
     """The plan of `markers`, which takes the same arguments."""
     if tokens < 1:
@@ -39,14 +37,14 @@ def plan_markers(
     edits.append(Edit(BARE, ("p_last",), (), host=TASK_KEY, scored=False, generate=tokens))
     # No KL is taken, so the shortest clean continuation will do.
     plan = build_plan("markers", model.tokenizer, grid, window=1, edits=edits, **sites)
-    return checked(plan, model)
+    return checked(plan, model, text_option="--tokens")
 
 
 def markers(
     model: Model,
     grid: Grid,
     *,
-    layers: Layers = DEFAULT_LAYERS,
+    layers: Layers = EDITED_DEPTH,
     tokens: int = 80,
     progress: Progress | None = None,
 ) -> MarkersResult:

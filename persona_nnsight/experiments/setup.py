@@ -28,10 +28,13 @@ def clean_text(generate: int) -> Edit:
     return Edit("clean", ("p_last",), (), scored=False, generate=generate)
 
 
-def checked(plan: Plan, model: Model) -> Plan:
-    """Refuse a plan whose longest sequence the model has no positions for."""
+def checked(plan: Plan, model: Model, text_option: str = "--generate") -> Plan:
+    """Refuse a plan whose longest sequence the model has no positions for.
+
+    `text_option` is what sets the length of its texts.
+    """
     longest = max(plan.prompts, key=lambda prompt: len(prompt.ids))
-    option = "--window" if plan.reference_tokens >= plan.longest_text else "--generate"
+    option = "--window" if plan.reference_tokens >= plan.longest_text else text_option
     tokens = len(longest.ids) + max(plan.reference_tokens, plan.longest_text)
     if tokens > model.tree.max_length:
         raise PersonaError(

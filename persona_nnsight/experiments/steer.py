@@ -15,9 +15,9 @@ from persona_nnsight.grids import Grid
 from persona_nnsight.models import Model
 from persona_nnsight.plan import Edit, Plan, build_plan
 from persona_nnsight.results import EditResult
+from persona_nnsight.sites import EDITED_DEPTH
 from persona_nnsight.vectors import Vectors
 
-DEFAULT_LAYERS = "55%"
 DEFAULT_ALPHA = "0:2:0.5"
 HOSTS = ("xy", "by")
 
@@ -73,7 +73,7 @@ def plan_steer(
     model: Model,
     grid: Grid,
     *,
-    layers: Layers = DEFAULT_LAYERS,
+    layers: Layers = EDITED_DEPTH,
     positions: Positions = "p_last",
     alpha: Factors = DEFAULT_ALPHA,
     beta: Factors = "1",
@@ -122,7 +122,7 @@ def steer(
     model: Model,
     grid: Grid,
     *,
-    layers: Layers = DEFAULT_LAYERS,
+    layers: Layers = EDITED_DEPTH,
     positions: Positions = "p_last",
     alpha: Factors = DEFAULT_ALPHA,
     beta: Factors = "1",

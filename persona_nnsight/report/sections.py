@@ -9,11 +9,11 @@ from markupsafe import Markup
 
 from persona_nnsight.report import tables
 from persona_nnsight.report.blocks import Block, Picture, RunPage, Section
+from persona_nnsight.report.comparison import beside_published
 from persona_nnsight.report.figures import geometry, inject, kl, markers, steer
 from persona_nnsight.report.figures.canvas import Figure, inline_svg
 from persona_nnsight.report.generations import generations
 from persona_nnsight.report.provenance import provenance
-from persona_nnsight.report.published import published
 from persona_nnsight.report.reading import KL_COMMANDS, PARTS, Run
 
 if TYPE_CHECKING:
@@ -161,7 +161,10 @@ def _reproduction(run: Run, prefix: str) -> list[Section]:
             Section(f"{prefix}figure1", "Figure 1", [_picture(f, prefix) for f in figures])
         )
     beside: list[Block] = [
-        table for name in PARTS if name in run.tables for table in published(name, run.tables[name])
+        table
+        for name in PARTS
+        if name in run.tables
+        for table in beside_published(name, run.tables[name])
     ]
     if beside:
         sections.append(
@@ -235,13 +238,14 @@ def _cells_with_rows(found: Mapping[str, pd.DataFrame]) -> int:
 
 
 def _findings(run: Run) -> Sequence[str]:
-    from persona_nnsight.findings import findings
+    from persona_nnsight.findings import CAVEAT, findings
 
     found = {name: run.tables[name] for name in _FOUND_TABLES if name in run.tables}
     summary = found.get("summary")
     if run.command == "reproduce" or (summary is not None and not _has_intervals(summary)):
         return []  # a sentence without an interval would say too much
-    return findings(run.command, found)
+    said = findings(run.command, found)
+    return [*said, CAVEAT] if said else []
 
 
 def _has_intervals(summary: pd.DataFrame) -> bool:

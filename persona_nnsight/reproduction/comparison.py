@@ -4,16 +4,15 @@ from __future__ import annotations
 
 from collections.abc import Callable
 
-import numpy as np
 import pandas as pd
 
 from persona_nnsight.reproduction.protocol import Study, has_paper_stimuli, reference_layers
 from persona_nnsight.reproduction.published import REFERENCE_MODEL, paper_model, published
 from persona_nnsight.results import Result
 from persona_nnsight.sites import NO_LAYERS
+from persona_nnsight.tables import RATIOS, geometry_summary, kl_summary
 
 _KEYS = ["position", "layers", "condition", "persona", "task", "measure"]
-_RATIOS = ("cos_xy_sum", "cos_x_y", "inter_over_xy", "inter_over_xy_normed")
 
 
 def comparison(study: Study, result: Result) -> pd.DataFrame:
@@ -22,10 +21,10 @@ def comparison(study: Study, result: Result) -> pd.DataFrame:
     Columns: ``position``, ``layers``, ``condition``, ``persona``, ``task`` (empty for all cells),
     ``measure``; our ``value`` (see `persona_nnsight.reproduction.published` for what it is), its
     bootstrap 95 % interval ``lo``, ``hi``, the quartiles ``q25``, ``q75`` over cells, ``recovered``
-    or ``gap_closed``, ``n``; then ``published_model``, ``published_layers`` (as deep in that
-    model), ``published``, ``published_q25``, ``published_q75``, ``same_stimuli`` (whether the cells
-    have the texts of the paper's), and ``difference`` = ours - theirs, which is empty unless the
-    model is the published one.
+    or ``gap_closed`` with its interval, ``n``; then ``published_model``, ``published_dtype``,
+    ``published_layers`` (as deep in that model), ``published``, ``published_q25``,
+    ``published_q75``, ``same_stimuli`` (whether the cells have the texts of the paper's), and
+    ``difference`` = ours - theirs, which is empty unless the model is the published one.
     """
     ours = _OURS[study.table](result)
     model_id = result.model.weights.model_id
@@ -36,9 +35,8 @@ def comparison(study: Study, result: Result) -> pd.DataFrame:
     ours = ours.merge(_aligned(published(study.table, model), place), on=_KEYS, how="left")
     ours["published_layers"] = ours["published_layers"].fillna("")
     ours["published_model"] = model
-    ours["same_stimuli"] = has_paper_stimuli(
-        study.grid, "short" if study.table == "table1" else "long"
-    )
+    ours["published_dtype"] = published(study.table, model)["dtype"].iloc[0]
+    ours["same_stimuli"] = has_paper_stimuli(study.grid, study.table)
     ours["difference"] = ours["value"] - ours["published"] if same else float("nan")
     return ours
 
@@ -55,31 +53,44 @@ def _aligned(theirs: pd.DataFrame, place: dict[str, str] | None) -> pd.DataFrame
 
 
 def _substitution(result: Result, *, by_group: bool) -> pd.DataFrame:
-    summary = result.summary().rename(columns={"median": "value", "median_lo": "lo"})
-    summary = summary.rename(columns={"median_hi": "hi"})
-    kl = summary.drop(columns=["host", "min", "max", "recovered_lo", "recovered_hi"])
-    parts = [kl]
     table = result.frame()
-    additive = table[table["condition"] == "additive"]
+    parts = [_named(result.summary())]
     for group in ("persona", "task") if by_group else ():
-        grouped = additive.groupby([group, "position", "layers"], sort=False)["kl"]
-        quartiles = grouped.quantile(np.array([0.25, 0.5, 0.75])).unstack()
-        quartiles.columns = ["q25", "value", "q75"]
-        parts.append(quartiles.assign(n=grouped.count()).reset_index().assign(condition="additive"))
+        for name, cells in table.groupby(group, sort=False):
+            summary = _named(kl_summary(cells))
+            additive = summary[summary["condition"] == "additive"]
+            parts.append(additive.assign(**{group: name}))
     both = pd.concat(parts, ignore_index=True).assign(measure="kl")
     return _with_keys(pd.concat([both, _geometry(result)], ignore_index=True))
 
 
 def _geometry(result: Result) -> pd.DataFrame:
-    table = result.geometry
+    table, summary = result.geometry, geometry_summary(result.geometry)
     grouped = table.groupby(["position", "layer"], sort=False)
     parts = []
-    for name in (ratio for ratio in _RATIOS if ratio in table):
-        quartiles = grouped[name].quantile(np.array([0.25, 0.5, 0.75])).unstack()
-        quartiles.columns = ["q25", "value", "q75"]
-        parts.append(quartiles.assign(n=grouped[name].count(), measure=name).reset_index())
-    geometry = pd.concat(parts, ignore_index=True)
-    return geometry.assign(layers=geometry["layer"].astype(str)).drop(columns="layer")
+    for name in (ratio for ratio in RATIOS if ratio in table):
+        parts.append(
+            pd.DataFrame(
+                {
+                    "position": summary["position"],
+                    "layers": summary["layer"].astype(str),
+                    "measure": name,
+                    "value": summary[name],
+                    "lo": summary[f"{name}_lo"],
+                    "hi": summary[f"{name}_hi"],
+                    "q25": grouped[name].quantile(0.25).to_numpy(),
+                    "q75": grouped[name].quantile(0.75).to_numpy(),
+                    "n": summary["n"],
+                }
+            )
+        )
+    return pd.concat(parts, ignore_index=True)
+
+
+def _named(summary: pd.DataFrame) -> pd.DataFrame:
+    """A summary of KLs with the names of the comparison."""
+    names = {"median": "value", "median_lo": "lo", "median_hi": "hi"}
+    return summary.rename(columns=names).drop(columns=["host", "min", "max"])
 
 
 def _marker_counts(result: Result) -> pd.DataFrame:
@@ -100,9 +111,7 @@ def _marker_counts(result: Result) -> pd.DataFrame:
 
 
 def _injection(result: Result) -> pd.DataFrame:
-    summary = result.summary().drop(columns=["host", "min", "max"])
-    names = {"median": "value", "median_lo": "lo", "median_hi": "hi"}
-    return _with_keys(summary.rename(columns=names).assign(measure="kl"))
+    return _with_keys(_named(result.summary()).assign(measure="kl"))
 
 
 def _with_keys(table: pd.DataFrame) -> pd.DataFrame:

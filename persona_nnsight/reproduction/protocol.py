@@ -43,7 +43,7 @@ CONDITIONS = ("additive", "bb", "by", "other_x")
 #: Three of the five depths of Table 1; the second model was run at other ones.
 _TABLE2_LAYERS = {None: "40%,55%,70%", "Qwen/Qwen2.5-1.5B-Instruct": "7,15,20"}
 
-#: Layers of Tables 3 and 4, on a model of 26 layers.
+#: Layers of Tables 3 and 4, on the paper's first model, which has 26.
 _PAPER_LAYERS = 26
 _EDITED = 14
 _SETS = (
@@ -54,10 +54,15 @@ _SETS = (
     tuple(range(6, 23, 2)),
 )
 
-#: SHA-256 of the paper's own stimuli, by grid (see `has_paper_stimuli`).
+#: The paper's own review tasks, whose file has no tags.
+_PAPER_REVIEWS = ("arch", "plan", "proposal")
+
+#: SHA-256 of the texts of the paper's cells, by table (see `has_paper_stimuli`).
 _STIMULI = {
-    "short": "0034bacfc335a61f724591a0fbb431104c667d56731f33f97800e11d0188a935",
-    "long": "6ec53ec3835c69d7b2d9e6dfdbbfe1162cdec129b424dd27864e8f4deb8448df",
+    "table1": "0034bacfc335a61f724591a0fbb431104c667d56731f33f97800e11d0188a935",
+    "table2": "6ec53ec3835c69d7b2d9e6dfdbbfe1162cdec129b424dd27864e8f4deb8448df",
+    "table3": "0c0ebed5b77d7f6522280f9e9942d4ff4678f00758e8e3f57cf950f2463eda27",
+    "table4": "0c0ebed5b77d7f6522280f9e9942d4ff4678f00758e8e3f57cf950f2463eda27",
 }
 
 
@@ -145,22 +150,30 @@ def reference_layers(table: str, n_layers: int) -> dict[str, str]:
     return {**same, **{format_layers(theirs): format_layers(ours) for theirs, ours in sets}}
 
 
-def has_paper_stimuli(grid: Grid, name: str) -> bool:
-    """Whether a grid has the texts of the paper's grid ``short`` or ``long``, all of them."""
+def has_paper_stimuli(grid: Grid, table: str) -> bool:
+    """Whether the selected cells of a grid are the paper's cells of a table, text by text."""
+    return _digest(grid) == _STIMULI[table]
+
+
+def _digest(grid: Grid) -> str:
     texts = [
         grid.template,
         grid.baseline_persona,
         grid.baseline_task,
-        sorted(persona.text for persona in grid.personas),
-        sorted(task.text for task in grid.tasks),
+        sorted(persona.text for persona in grid.personas if persona.key in grid.persona_keys),
+        sorted(task.text for task in grid.tasks if task.key in grid.task_keys),
     ]
-    digest = hashlib.sha256(json.dumps(texts, ensure_ascii=False).encode()).hexdigest()
-    return digest == _STIMULI[name]
+    return hashlib.sha256(json.dumps(texts, ensure_ascii=False).encode()).hexdigest()
 
 
 def _as_deep(layer: int, n_layers: int) -> int:
-    percent = 100 * layer / _PAPER_LAYERS
-    return parse_layers(f"{percent:.4f}%", n_layers)[0]
+    """A layer of the paper's 26 in another model, on the scale of Table 1.
+
+    Table 1's depths of 25, 40, 55, 70 and 85 % are layers 6, 10, 14, 18 and 22 there: four layers
+    are 15 %.
+    """
+    percent = 25 + (layer - 6) * 3.75
+    return parse_layers(f"{percent}%", n_layers)[0]
 
 
 def _conditions(grid: Grid) -> Sequence[str]:
@@ -169,6 +182,8 @@ def _conditions(grid: Grid) -> Sequence[str]:
 
 def _reviews(grid: Grid) -> Grid:
     keys = [task.key for task in grid.tasks if REVIEW in task.tags and task.key in grid.task_keys]
+    if not keys and has_paper_stimuli(grid, "table2"):
+        keys = [key for key in _PAPER_REVIEWS if key in grid.task_keys]
     if not keys:
         raise PersonaError(
             f"Tables 3 and 4 take the tasks tagged {REVIEW!r}, and grid {grid.name!r} has none; "

@@ -14,6 +14,7 @@ from persona_nnsight.grids import Grid
 from persona_nnsight.joint_plan import join
 from persona_nnsight.manifest import reproduction_manifest
 from persona_nnsight.models import Model
+from persona_nnsight.plan import Plan
 from persona_nnsight.reproduction.comparison import comparison
 from persona_nnsight.reproduction.protocol import Study, parse_targets, plan_study
 from persona_nnsight.results import Result
@@ -28,7 +29,7 @@ class Reproduction:
         model: what they were made on.
         studies: the protocol of each table, by name.
         results: the run of each table, by name; those of an interrupted reproduction may lack.
-        seconds: wall time of each pass by its grid.
+        seconds: wall time of each finished pass by its tables, such as ``table2+table3``.
         complete: False when it was interrupted.
     """
 
@@ -101,19 +102,24 @@ class ReproductionInterrupted(KeyboardInterrupt):
         self.reproduction = reproduction
 
 
+def in_passes(studies: Sequence[Study]) -> list[list[Study]]:
+    """The studies that share a pass: Table 1 has the short grid, the others the long one."""
+    short = [study for study in studies if study.table == "table1"]
+    long = [study for study in studies if study.table != "table1"]
+    return [found for found in (short, long) if found]
+
+
+def joint_plan(studies: Sequence[Study]) -> Plan:
+    """What one pass does, for its cost."""
+    return join([study.plan for study in studies]).plan
+
+
 def carry_out(
     model: Model, studies: Sequence[Study], progress: Progress | None = None
 ) -> Reproduction:
     """Run the studies, those over one grid together; see `reproduce`."""
-    passes = [
-        found
-        for found in (
-            [study for study in studies if study.table == "table1"],
-            [study for study in studies if study.table != "table1"],
-        )
-        if found
-    ]
-    totals = [join([study.plan for study in found]).plan.n_results for found in passes]
+    passes = in_passes(studies)
+    totals = [joint_plan(found).n_results for found in passes]
     results: dict[str, Result] = {}
     seconds: dict[str, float] = {}
 
@@ -134,5 +140,5 @@ def carry_out(
             results.update((found[part].table, r) for part, r in stopped.results.items())
             raise ReproductionInterrupted(reproduction(complete=False)) from stopped
         results.update(zip((study.table for study in found), made, strict=True))
-        seconds[found[0].grid.name] = made[0].seconds["total"]
+        seconds["+".join(study.table for study in found)] = made[0].seconds["total"]
     return reproduction(complete=True)

@@ -37,7 +37,7 @@ _MEASURES = {
 _NAMES = ("position", "layers", "condition", "persona", "task", "measure")
 
 
-def published(part: str, table: pd.DataFrame) -> list[Table]:
+def beside_published(part: str, table: pd.DataFrame) -> list[Table]:
     """A table of the paper, ours beside theirs: KL or markers, then geometry, then by group.
 
     Shown are the rows that the paper has a number for; all others are in the part's own sections.
