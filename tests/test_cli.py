@@ -314,7 +314,7 @@ def test_into_the_current_directory(persona: Persona, tiny_dir: TinyDir) -> None
     os.chdir("empty")
     outcome = persona("capture", "-m", tiny_dir("llama"), "-g", "../grid.yaml", "-o", ".")
     assert outcome.code == 0, outcome.err
-    assert files(Path()) == ["geometry.csv", "residuals.safetensors", "run.json"]
+    assert files(Path()) == ["geometry.csv", "residuals.safetensors", "run.json", "summary.csv"]
 
 
 def test_nothing_to_recover(persona: Persona, tiny_dir: TinyDir) -> None:
