@@ -4,7 +4,7 @@ VENV := .venv
 BIN := $(VENV)/bin
 MODEL := smollm2-135m
 
-.PHONY: demo test test-install example readme clean
+.PHONY: demo test test-slow example readme clean
 
 ## Fetch the embedded model and run the main experiment on it.
 demo: $(VENV)/installed
@@ -20,9 +20,9 @@ test: $(VENV)/tested
 	$(BIN)/mypy
 	HF_HUB_OFFLINE=1 $(BIN)/python -m pytest
 
-## Install the wheel into an empty environment and run it there.
-test-install: $(VENV)/tested
-	HF_HUB_OFFLINE=1 $(BIN)/python -m pytest -m install
+## Run the README's commands again and compare; install the wheel into an empty environment.
+test-slow: $(VENV)/tested
+	HF_HUB_OFFLINE=1 $(BIN)/python -m pytest -m slow
 
 ## Make the committed example run again.
 example: $(VENV)/installed

@@ -38,7 +38,7 @@ def test_contents(wheel: Path) -> None:
     assert any(name.endswith("licenses/LICENSE") for name in names)
 
 
-@pytest.mark.install
+@pytest.mark.slow
 def test_it_works_alone(wheel: Path, tmp_path: Path, tiny_dir: Callable[..., Path]) -> None:
     """Installed with the pinned set into an empty environment, from nothing but the wheel."""
     bin_dir = tmp_path / "venv" / "bin"

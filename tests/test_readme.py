@@ -17,6 +17,7 @@ ROOT = Path(__file__).parents[1]
 TOKEN = re.compile(r"(?<![\w.])(-?\d+(?:\.\d+)?(?:e[-+]?\d+)?)(?!\w)( ?%)?|\w+|[^\w\s]")
 
 
+@pytest.mark.slow
 @pytest.mark.smollm2
 def test_generated_blocks(smollm2: Model) -> None:
     committed = (ROOT / "README.md").read_text(encoding="utf-8")
