@@ -16,7 +16,7 @@ import pandas as pd
 from persona_nnsight.bootstrap import MIN_CELLS, drawn_medians, interval
 from persona_nnsight.conditions import HOST
 from persona_nnsight.sites import NO_LAYERS
-from persona_nnsight.tables import KL_FLOOR, NO_PERSONA
+from persona_nnsight.tables import KL_FLOOR, NO_PERSONA, records
 
 #: Belongs below the sentences of a run: its cells are no sample of all cells.
 CAVEAT = (
@@ -85,7 +85,7 @@ def _substitution(summary: pd.DataFrame, contrasts: pd.DataFrame) -> Iterable[st
 def _verdicts(contrasts: pd.DataFrame, control: str) -> str:
     """How the additive vector compares with a control, layer by layer."""
     groups: dict[int, list[str]] = {}
-    for row in _records(contrasts[contrasts["control"] == control].dropna(subset=["lo"])):
+    for row in records(contrasts[contrasts["control"] == control].dropna(subset=["lo"])):
         groups.setdefault(_side(row), []).append(row["layers"])
     verdicts = {-1: "costs less than", 1: "costs more than", 0: "cannot be told apart from"}
     told = [
@@ -98,7 +98,7 @@ def _verdicts(contrasts: pd.DataFrame, control: str) -> str:
 
 
 def _injection(summary: pd.DataFrame, contrasts: pd.DataFrame) -> Iterable[str]:
-    rows = _records(summary)
+    rows = records(summary)
     host = next(row for row in rows if row["condition"] == HOST)
     yield (
         f"The prompt without the persona is {host['median']:.2f} nats from the prompt with it "
@@ -118,7 +118,7 @@ def _injection(summary: pd.DataFrame, contrasts: pd.DataFrame) -> Iterable[str]:
         best = max(written, key=lambda row: float(row["gap_closed"]))
         against = next(
             row
-            for row in _records(contrasts)
+            for row in records(contrasts)
             if row["condition"] == condition and row["layers"] == best["layers"]
         )
         of_sets = f", the best of {len(written)} sets" if len(written) > 1 else ""
@@ -143,7 +143,7 @@ def _steering(summary: pd.DataFrame, contrasts: pd.DataFrame) -> Iterable[str]:
         share, what = "gap_closed", "the vector closes {} of the gap to the prompt with the persona"
     steered = summary[(summary["condition"] == "steer") & summary["median"].notna()]
     for beta, found in steered.groupby("beta", sort=False):
-        rows = sorted(_records(found), key=lambda row: float(row["alpha"]))
+        rows = sorted(records(found), key=lambda row: float(row["alpha"]))
         ends = [f"{row['median']:.3g} at α = {row['alpha']:g}" for row in (rows[0], rows[-1])]
         sentence = f"With β = {beta:g} the median KL is {_listed(list(dict.fromkeys(ends)))} nats"
         best = min(rows, key=lambda row: float(row["median"]))
@@ -153,7 +153,7 @@ def _steering(summary: pd.DataFrame, contrasts: pd.DataFrame) -> Iterable[str]:
             sentence += f"; there {what.format(_share(best, share))}"
         without = [
             row
-            for row in _records(contrasts.dropna(subset=["lo"]))
+            for row in records(contrasts.dropna(subset=["lo"]))
             if (row["control"], row["alpha"], row["beta"]) == (NO_PERSONA, best["alpha"], beta)
         ]
         for row in without:
@@ -166,12 +166,12 @@ def _steering(summary: pd.DataFrame, contrasts: pd.DataFrame) -> Iterable[str]:
 def _markers(summary: pd.DataFrame, contrasts: pd.DataFrame) -> Iterable[str]:
     n = summary["n"].max()
     counts = []
-    for row in _records(summary):
+    for row in records(summary):
         of = "" if row["n"] == n else f" of {row['n']}"  # the run was interrupted
         counts.append(f"{row['any']}{of} under {_edit(row)}")
     yield f"Of {n} texts, a marker of the persona occurs in {_listed(counts)}."
     told: dict[int, list[str]] = {-1: [], 0: [], 1: []}
-    for row in _records(contrasts[contrasts["measure"] == "distinct"].dropna(subset=["lo"])):
+    for row in records(contrasts[contrasts["measure"] == "distinct"].dropna(subset=["lo"])):
         told[_side(row)].append(f"{_edit(row)} {{}} {row['control']}")
     for side, word in ((-1, "fewer"), (1, "more")):
         if told[side]:
@@ -259,10 +259,6 @@ def _side(contrast: Mapping[str, Any]) -> int:
     Differences below `KL_FLOOR` are rounding.
     """
     return -1 if contrast["hi"] < -KL_FLOOR else 1 if contrast["lo"] > KL_FLOOR else 0
-
-
-def _records(table: pd.DataFrame) -> list[dict[str, Any]]:
-    return [{str(name): value for name, value in row.items()} for row in table.to_dict("records")]
 
 
 def _layers(names: Iterable[str]) -> str:

@@ -31,7 +31,8 @@ from persona_nnsight.errors import PersonaError
 if TYPE_CHECKING:
     import pandas as pd
 
-_TEXT_COLUMNS = (
+#: Columns of words, in every table; all other columns hold numbers or truth values.
+TEXT_COLUMNS = (
     *("persona", "task", "condition", "control", "host", "position", "layers", "measure", "hits"),
     *("published_model", "published_dtype", "published_layers"),
 )
@@ -133,10 +134,10 @@ def read_table(path: str | Path) -> pd.DataFrame:
 
     with open(path, encoding="utf-8") as file:
         columns = file.readline().rstrip("\n").split(",")
-    text = [name for name in columns if name in _TEXT_COLUMNS]
+    text = [name for name in columns if name in TEXT_COLUMNS]
     return pd.read_csv(
         path,
         dtype=dict.fromkeys(text, "str"),
         keep_default_na=False,
-        na_values={name: [""] for name in columns if name not in _TEXT_COLUMNS},
+        na_values={name: [""] for name in columns if name not in TEXT_COLUMNS},
     )

@@ -181,7 +181,7 @@ def contrasts(table: pd.DataFrame) -> pd.DataFrame:
     """
     edits, (wide,) = _wide(table, "kl")
     kl = wide.to_numpy()
-    rows: list[dict[Any, Any]] = edits.to_dict("records")
+    rows = records(edits)
     pairs = [
         (i, j)
         for i, subject in enumerate(rows)
@@ -302,6 +302,11 @@ def marker_contrasts(table: pd.DataFrame) -> pd.DataFrame:
     return pd.DataFrame(rows, columns=[*columns, "n", "difference", "lo", "hi"])
 
 
+def records(table: pd.DataFrame) -> list[dict[str, Any]]:
+    """The rows of a table as plain mappings."""
+    return [{str(name): value for name, value in row.items()} for row in table.to_dict("records")]
+
+
 def _wide(table: pd.DataFrame, *values: str) -> tuple[pd.DataFrame, list[pd.DataFrame]]:
     """The edits of a table, and for each of `values` a table of cells down and edits across.
 
@@ -339,7 +344,7 @@ def _recovered(medians: Floats, neither: Sequence[int | None], n: Sequence[int])
     return shares
 
 
-def _are_contrasted(subject: Mapping[Any, Any], control: Mapping[Any, Any]) -> bool:
+def _are_contrasted(subject: Mapping[str, Any], control: Mapping[str, Any]) -> bool:
     """Whether one edit is set against another; see `contrasts`."""
     if subject["host"] != control["host"]:
         return False

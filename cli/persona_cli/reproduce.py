@@ -18,6 +18,7 @@ from persona_cli.running import (
     as_records,
     cost_summary,
     note_interruption,
+    note_nothing_finished,
     percent,
     prepare,
     progress_bar,
@@ -126,8 +127,7 @@ def reproduce(
     except ReproductionInterrupted as stopped:
         interrupted, made = True, stopped.reproduction
         if not made.results:
-            notes.print("Interrupted before anything was finished; nothing was written.")
-            raise typer.Exit(130) from None
+            note_nothing_finished()
     made.save(ready.out)
     note_step("Drawing the figures")
     write_report([ready.out])

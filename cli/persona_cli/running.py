@@ -8,7 +8,7 @@ from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Generic, TypeVar
+from typing import TYPE_CHECKING, Any, Generic, NoReturn, TypeVar
 
 import typer
 from rich.console import RenderableType
@@ -127,8 +127,7 @@ def run_experiment(
     except Interrupted as stopped:
         interrupted = True
         if 0 not in stopped.results:
-            notes.print("Interrupted before anything was finished; nothing was written.")
-            raise typer.Exit(130) from None
+            note_nothing_finished()
         results = [stopped.results[0]]
     result = results[0]
     result.save(ready.out)
@@ -146,6 +145,12 @@ def run_experiment(
         notes.print(f"first cells recorded after {first:.1f} s, all done after {total:.1f} s")
     if interrupted:
         note_interruption()
+
+
+def note_nothing_finished() -> NoReturn:
+    """Say that there is nothing to keep, and leave."""
+    notes.print("Interrupted before anything was finished; nothing was written.")
+    raise typer.Exit(130) from None
 
 
 def note_interruption() -> None:

@@ -14,17 +14,17 @@ from persona_nnsight.report.blocks import (
     number_cell,
     word,
 )
-from persona_nnsight.report.figures.kl import Records, distinct, records
+from persona_nnsight.report.figures.kl import Records, distinct
 from persona_nnsight.report.numbers import Format, count, fixed, kl, share, two_decimals
+from persona_nnsight.tables import RATIOS, records
 
 if TYPE_CHECKING:
     import pandas as pd
 
-_RATIOS = ("cos_xy_sum", "cos_x_y", "inter_over_xy", "inter_over_xy_normed")
 _FORMATS: Mapping[str, Format] = {
     "any": count,
     "distinct": two_decimals,
-    **dict.fromkeys(_RATIOS, lambda value: fixed(value, 3)),
+    **dict.fromkeys(RATIOS, lambda value: fixed(value, 3)),
 }
 _MEASURES = {
     "any": "cells with a marker",
@@ -63,7 +63,7 @@ def beside_published(part: str, table: pd.DataFrame) -> list[Table]:
 
 
 def _is_geometry(row: Mapping[str, Any]) -> bool:
-    return row.get("measure") in _RATIOS
+    return row.get("measure") in RATIOS
 
 
 def _group(row: Mapping[str, Any]) -> str:

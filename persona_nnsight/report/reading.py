@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 
 from persona_nnsight.errors import PersonaError
 from persona_nnsight.grids import Grid
-from persona_nnsight.runs import read_table
+from persona_nnsight.runs import TEXT_COLUMNS, read_table
 
 if TYPE_CHECKING:
     import pandas as pd
@@ -40,11 +40,6 @@ _MARKER_CONTRAST_COLUMNS = (
 )
 _PUBLISHED_COLUMNS = ("condition", "value", "n", "published_model", "published")
 
-#: Columns that hold words. The columns that a table must have and are not among them hold numbers.
-_WORDS = {
-    *("persona", "task", "condition", "control", "host", "position", "layers", "hits", "measure"),
-    *("published_model", "published_layers"),
-}
 #: Optional columns that hold numbers.
 _NUMBERS = {
     *("alpha", "beta", "gap_closed", "gap_closed_lo", "gap_closed_hi"),
@@ -206,7 +201,7 @@ def _read_csv(path: Path, columns: Sequence[str]) -> pd.DataFrame:
         if name not in table:
             raise PersonaError(f"{str(path)!r} has no column {name!r}; {advice}.")
     for name in table.columns:
-        if name in _WORDS:
+        if name in TEXT_COLUMNS:
             # pandas takes layers like 14 for numbers where read_table does not know the column.
             table[name] = [_word(value) for value in table[name]]
         elif name in columns or name in _NUMBERS:

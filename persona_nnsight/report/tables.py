@@ -20,8 +20,8 @@ from persona_nnsight.report.blocks import (
     number_cell,
     word,
 )
-from persona_nnsight.report.figures.kl import records
 from persona_nnsight.report.numbers import Format, count, fixed, kl, plain, share, two_decimals
+from persona_nnsight.tables import records
 
 if TYPE_CHECKING:
     import pandas as pd

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path
 
 import pandas as pd
@@ -41,7 +42,11 @@ class Reproduction:
 
     def table(self, name: str) -> pd.DataFrame:
         """Ours beside the published (`persona_nnsight.reproduction.comparison.comparison`)."""
-        return comparison(self.studies[name], self.results[name])
+        return self._tables[name]
+
+    @cached_property
+    def _tables(self) -> dict[str, pd.DataFrame]:
+        return {name: comparison(self.studies[name], r) for name, r in self.results.items()}
 
     def save(self, directory: str | Path) -> Path:
         """Write the run of every table into a directory of its own, and the tables beside them.

@@ -7,8 +7,9 @@ from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
 from persona_nnsight.report.figures.canvas import Figure
-from persona_nnsight.report.figures.kl import Records, distinct, records
+from persona_nnsight.report.figures.kl import Records, distinct
 from persona_nnsight.report.figures.lines import EQUALS, Line, line_panel, spread
+from persona_nnsight.tables import records
 
 if TYPE_CHECKING:
     import pandas as pd

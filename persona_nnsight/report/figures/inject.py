@@ -7,8 +7,9 @@ from typing import TYPE_CHECKING, Any
 
 from persona_nnsight.conditions import HOST
 from persona_nnsight.report.figures.canvas import Figure
-from persona_nnsight.report.figures.kl import KL_LABEL, distinct, finite, records
+from persona_nnsight.report.figures.kl import KL_LABEL, distinct, finite
 from persona_nnsight.report.figures.rows import Row, row_panel
+from persona_nnsight.tables import records
 
 if TYPE_CHECKING:
     from collections.abc import Mapping

@@ -19,6 +19,7 @@ from persona_nnsight.report.figures.lines import (
     top_of,
 )
 from persona_nnsight.report.figures.rows import Row, row_panel
+from persona_nnsight.tables import records
 
 if TYPE_CHECKING:
     import pandas as pd
@@ -35,11 +36,6 @@ _POSITION = dict(zip(("p_last", "g1", "g2", "p_user_last"), EQUALS, strict=False
 KL_LABEL = "KL, nats"
 _AXIS = "The axis is linear up to 0.001 and logarithmic above."
 _MEANS_LITTLE = "Where additive is not below its controls, a small KL means little."
-
-
-def records(table: pd.DataFrame) -> Records:
-    """The rows of a table."""
-    return [{str(key): value for key, value in row.items()} for row in table.to_dict("records")]
 
 
 def distinct(rows: Records, name: str) -> list[Any]:
