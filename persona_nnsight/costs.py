@@ -63,11 +63,11 @@ def fed_tokens(plan: Plan, positions: Sequence[str]) -> int:
     return plan.tail + generated_index(positions[0]) + plan.window - 1
 
 
-def fit_limits(plan: Plan, model: Model) -> Limits:
-    """Batch sizes for this plan in a share of the memory that is free now."""
-    budget = int(_BUDGET_SHARE * _free_memory(model.device))
-    row_bytes, cell_bytes = _row_bytes(plan, model.tree), _cell_bytes(plan, model.tree)
-    tokens = _BATCH_TOKENS["cpu" if model.device == "cpu" else "gpu"]
+def fit_limits(plan: Plan, tree: ModuleTree, *, free_bytes: int, gpu: bool) -> Limits:
+    """Batch sizes for this plan in a share of the memory that is free."""
+    budget = int(_BUDGET_SHARE * free_bytes)
+    row_bytes, cell_bytes = _row_bytes(plan, tree), _cell_bytes(plan, tree)
+    tokens = _BATCH_TOKENS["gpu" if gpu else "cpu"]
     longest_fed = plan.tail + plan.reference_tokens
     rows = min(budget // 2 // row_bytes, tokens // longest_fed)
     return Limits(cells=max(1, budget // 2 // cell_bytes), rows=max(1, rows))
@@ -153,7 +153,8 @@ def _cell_bytes(plan: Plan, tree: ModuleTree) -> int:
     return caches + reference + residuals
 
 
-def _free_memory(device: str) -> int:
+def free_memory(device: str) -> int:
+    """Bytes that are free now where a model on `device` works."""
     if device == "balanced":
         return min(torch.cuda.mem_get_info(index)[0] for index in range(torch.cuda.device_count()))
     if device.startswith("cuda"):

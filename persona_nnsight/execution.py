@@ -9,7 +9,9 @@ from typing import Any
 
 import torch
 
-from persona_nnsight.costs import Cost, estimate, fit_limits
+from persona_nnsight.backends import Backend
+from persona_nnsight.backends.local import LocalBackend
+from persona_nnsight.costs import Cost, estimate
 from persona_nnsight.engine import Event, Recorded, Scored, Written, run
 from persona_nnsight.errors import PersonaError
 from persona_nnsight.grids import Grid
@@ -32,31 +34,42 @@ class Interrupted(KeyboardInterrupt):
         self.results = results
 
 
-def execute(model: Model, grid: Grid, plan: Plan, progress: Progress | None = None) -> Result:
+def execute(
+    model: Model,
+    grid: Grid,
+    plan: Plan,
+    progress: Progress | None = None,
+    backend: Backend | None = None,
+) -> Result:
     """Carry out a plan that was made for this model and grid, and gather its results.
+
+    `backend` does the work; None does it here.
 
     Raises:
         PersonaError: a value that is not finite, or memory that runs out.
         Interrupted: Ctrl-C; holds what was finished.
     """
-    return execute_together(model, [(grid, plan)], progress)[0]
+    return execute_together(model, [(grid, plan)], progress, backend)[0]
 
 
 def execute_together(
-    model: Model, studies: Sequence[tuple[Grid, Plan]], progress: Progress | None = None
+    model: Model,
+    studies: Sequence[tuple[Grid, Plan]],
+    progress: Progress | None = None,
+    backend: Backend | None = None,
 ) -> list[Result]:
     """Carry out several plans in one pass, so that what they share is computed once.
 
     The results are in the order of `studies` and equal those of plans carried out one by one.
+    `backend` does the work; None does it here.
 
     Raises:
         PersonaError: a value that is not finite, or memory that runs out.
         Interrupted: Ctrl-C; holds what was finished.
     """
-    if not model.has_weights:
-        raise PersonaError("This model was loaded without weights; use load_model(...) as it is.")
+    worker = LocalBackend(model) if backend is None else backend
     joint = join([plan for _, plan in studies])
-    limits = fit_limits(joint.plan, model)
+    limits = worker.limits(joint.plan)
     gathered = [_Gathered(model, grid, plan) for grid, plan in studies]
     start = time.perf_counter()
     seconds = {"first_cells_recorded": 0.0}
@@ -64,11 +77,11 @@ def execute_together(
     def result(part: int, *, complete: bool) -> Result:
         cost = estimate(joint.parts[part], model, limits)
         seconds["total"] = time.perf_counter() - start
-        return gathered[part].result(cost, dict(seconds), complete=complete)
+        return gathered[part].result(cost, dict(seconds), worker.record(), complete=complete)
 
     done = 0
     try:
-        for event in run(model.lm, model.tree, joint.plan, limits):
+        for event in worker.run(run, joint.plan, limits):
             for part, own in joint.split(event):
                 gathered[part].take(own)
             if isinstance(event, Recorded):
@@ -112,7 +125,9 @@ class _Gathered:
             case Written():
                 self.texts.append(event)
 
-    def result(self, cost: Cost, seconds: dict[str, float], *, complete: bool) -> Result:
+    def result(
+        self, cost: Cost, seconds: dict[str, float], where: dict[str, Any], *, complete: bool
+    ) -> Result:
         texts = sorted(self.texts, key=lambda text: (text.cell, text.edit))
         continuations = {
             cell: tokens
@@ -131,6 +146,7 @@ class _Gathered:
             "texts": [_text(self.model, self.plan, text) for text in texts],
             "seconds": seconds,
             "complete": complete,
+            "where": where,
         }
         if self.plan.keeps_residuals:
             residuals = self._in_order(cells, [event.residuals or {} for event in self.recorded])

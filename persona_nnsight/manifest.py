@@ -32,6 +32,7 @@ def run_manifest(
     continuations: Mapping[int, tuple[int, ...]],
     seconds: Mapping[str, float],
     complete: bool,
+    where: Mapping[str, Any],
 ) -> dict[str, Any]:
     """What ran, on what, with which inputs, and how long it took, as JSON-like data.
 
@@ -40,6 +41,7 @@ def run_manifest(
         continuations: XY's clean greedy token ids by index of the cell in the plan.
         seconds: wall time by stage.
         complete: whether the run came to its end.
+        where: where it ran (`persona_nnsight.backends.Backend.record`).
     """
     return {
         **_header(plan.command, complete=complete),
@@ -52,7 +54,7 @@ def run_manifest(
             "generate": plan.longest_text,
             "seed": plan.seed,
         },
-        **_origin(model),
+        **_origin(model, where),
         "grid": grid.to_dict(),
         "cells": [
             {
@@ -71,7 +73,12 @@ def run_manifest(
 
 
 def reproduction_manifest(
-    model: Model, parts: Sequence[str], seconds: Mapping[str, float], *, complete: bool
+    model: Model,
+    parts: Sequence[str],
+    seconds: Mapping[str, float],
+    *,
+    complete: bool,
+    where: Mapping[str, Any],
 ) -> dict[str, Any]:
     """The manifest of a reproduction, whose parts are run directories with their own.
 
@@ -80,11 +87,12 @@ def reproduction_manifest(
         parts: the tables, which are the names of their directories.
         seconds: wall time by pass.
         complete: whether it came to its end.
+        where: where it ran.
     """
     return {
         **_header("reproduce", complete=complete),
         "parts": list(parts),
-        **_origin(model),
+        **_origin(model, where),
         "seconds": _rounded(seconds),
         "peak_memory_bytes": _peak_memory(model.device),
     }
@@ -100,21 +108,24 @@ def _header(command: str, *, complete: bool) -> dict[str, Any]:
     }
 
 
-def _origin(model: Model) -> dict[str, Any]:
-    """The model and the versions of what ran it."""
+def _origin(model: Model, where: Mapping[str, Any]) -> dict[str, Any]:
+    """The model, where it ran, and the versions of what ran it."""
+    # A server has the weights, and they are as it loaded them.
+    served = where.get("server") or {}
     return {
         "model": {
             "id": model.weights.model_id,
             "spec": model.weights.spec,
             "revision": model.weights.revision,
             "sha256": model.weights.sha256,
-            "dtype": str(model.dtype).removeprefix("torch."),
-            "device": model.device,
-            "attention": model.attention,
+            "dtype": served.get("dtype", str(model.dtype).removeprefix("torch.")),
+            "device": served.get("device", model.device),
+            "attention": served.get("attention", model.attention),
             "n_layers": model.tree.n_layers,
             "d_model": model.tree.d_model,
             "n_parameters": model.n_parameters,
         },
+        "backend": dict(where),
         "versions": {
             "python": platform.python_version(),
             "platform": platform.platform(),

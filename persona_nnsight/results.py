@@ -6,7 +6,7 @@ import json
 from dataclasses import asdict, dataclass
 from functools import cached_property
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from safetensors.torch import save_file
 
@@ -50,6 +50,7 @@ class Result:
         texts: greedy texts, if any were asked for.
         seconds: wall time by stage; of the whole pass where several plans shared one.
         complete: False when the run was interrupted; the tables then hold what was finished.
+        where: where it was run (`persona_nnsight.backends.Backend.record`).
     """
 
     model: Model
@@ -61,6 +62,7 @@ class Result:
     texts: list[Text]
     seconds: dict[str, float]
     complete: bool
+    where: dict[str, Any]
 
     def frame(self) -> pd.DataFrame:
         """The tidy table of the experiment: one row per observation."""
@@ -74,13 +76,17 @@ class Result:
         """What the numbers allow one to say (`persona_nnsight.findings`)."""
         return findings(self.plan.command, self.tables)
 
-    def save(self, directory: str | Path) -> Path:
+    def save(self, directory: str | Path, *, finishes: bool = False) -> Path:
         """Write the run directory; see `persona_nnsight.runs`.
+
+        Args:
+            directory: where the run goes.
+            finishes: it may hold the record of this run's jobs on a server, which then goes.
 
         Raises:
             PersonaError: the directory already holds something, or cannot be written.
         """
-        return save_run(Path(directory), self.write_files)
+        return save_run(Path(directory), self.write_files, finishes=finishes)
 
     def write_files(self, directory: Path) -> None:
         """Write all files of the run into an existing directory."""
@@ -98,6 +104,7 @@ class Result:
             continuations=self.continuations,
             seconds=self.seconds,
             complete=self.complete,
+            where=self.where,
         )
         text = json.dumps(manifest, indent=1, ensure_ascii=False)
         (directory / "run.json").write_text(text + "\n", encoding="utf-8")

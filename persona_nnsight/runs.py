@@ -13,6 +13,9 @@
 ``report.html``           written later by `persona_nnsight.report`, with ``figures/``
 ========================  ======================================================================
 
+While the jobs of a remote run are with a server, the directory holds ``pending.json`` and
+``parts/`` instead (`persona_nnsight.backends.ledger`).
+
 The files are written under a temporary name and moved into place when all are done, ``run.json``
 last: a directory that holds it holds a whole run.
 """
@@ -30,6 +33,9 @@ from persona_nnsight.errors import PersonaError
 
 if TYPE_CHECKING:
     import pandas as pd
+
+#: What a run leaves there until it is finished.
+PENDING, PARTS = "pending.json", "parts"
 
 #: Columns of words, in every table; all other columns hold numbers or truth values.
 TEXT_COLUMNS = (
@@ -49,6 +55,11 @@ def check_free(directory: Path) -> None:
         if directory.is_dir():
             if (directory / "run.json").exists():
                 raise PersonaError(f"{str(directory)!r} already holds a run; {advice}.")
+            if (directory / PENDING).exists():
+                raise PersonaError(
+                    f"{str(directory)!r} holds a run that is not finished; go on with it by "
+                    f"`persona resume {directory}`, or {advice}."
+                )
             if any(directory.iterdir()):
                 raise PersonaError(f"The directory {str(directory)!r} is not empty; {advice}.")
         elif directory.exists() or directory.is_symlink():
@@ -85,17 +96,22 @@ def default_directory(name: str, root: Path = Path("outputs")) -> Path:
     return directory
 
 
-def save_run(directory: Path, write_files: Callable[[Path], None]) -> Path:
+def save_run(
+    directory: Path, write_files: Callable[[Path], None], *, finishes: bool = False
+) -> Path:
     """Make `directory` a run directory and return it.
 
     Args:
         directory: where the run goes.
         write_files: writes all files of the run into the directory it is given.
+        finishes: the directory may hold the record of this run's jobs, which then goes.
 
     Raises:
         PersonaError: the directory already holds something, or cannot be written.
     """
-    check_free(directory)
+    pending = finishes and (directory / PENDING).exists()
+    if not pending:
+        check_free(directory)
     made = not directory.is_dir()
     moved: list[Path] = []
     try:
@@ -114,6 +130,9 @@ def save_run(directory: Path, write_files: Callable[[Path], None]) -> Path:
         if isinstance(error, OSError):
             raise _unwritable(directory, error) from error
         raise
+    if pending:
+        for name in (PENDING, PARTS):
+            _remove(directory / name)
     return directory
 
 

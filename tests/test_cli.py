@@ -20,6 +20,7 @@ from safetensors import safe_open
 from safetensors.torch import load_file
 
 from persona_nnsight import Grid, Model, capture, inject, read_table, substitute
+from persona_nnsight.backends.local import LocalBackend
 from persona_nnsight.conditions import SUBSTITUTE_CONDITIONS
 from persona_nnsight.costs import Limits
 from persona_nnsight.engine import Event, run
@@ -220,7 +221,7 @@ def test_the_dry_run_counts_what_the_run_does(
         tokens += kwargs["input_ids"].numel()
 
     handle = module.register_forward_pre_hook(count, with_kwargs=True)
-    monkeypatch.setattr("persona_nnsight.execution.fit_limits", lambda plan, model: limits)
+    monkeypatch.setattr(LocalBackend, "limits", lambda self, plan: limits)
     options: dict[str, Any] = {} if command is inject else {"positions": positions}
     options |= {} if command is capture else {"generate": 4}
     grid = Grid.from_dict(

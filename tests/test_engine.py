@@ -13,6 +13,7 @@ from reference import Reference, generated_index, kl, vector
 from tiny import FAMILIES
 
 from persona_nnsight import EditResult, Grid, Model, capture, inject, substitute
+from persona_nnsight.backends.local import LocalBackend
 from persona_nnsight.conditions import SUBSTITUTE_CONDITIONS
 from persona_nnsight.costs import Limits
 from persona_nnsight.grids import Cell
@@ -202,9 +203,7 @@ def test_a_cell_does_not_depend_on_its_neighbours(
     for row, value in alone.items():
         assert value == pytest.approx(whole[row], **TINY_TOLERANCE), row
 
-    monkeypatch.setattr(
-        "persona_nnsight.execution.fit_limits", lambda plan, model: Limits(cells=2, rows=5)
-    )
+    monkeypatch.setattr(LocalBackend, "limits", lambda self, plan: Limits(cells=2, rows=5))
     in_pieces = substitute(model, TINY_GRID, **options)
     cut = lookup(in_pieces)
     for row, value in whole.items():

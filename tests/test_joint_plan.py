@@ -12,6 +12,7 @@ import torch
 from test_texts_and_steering import MARKED
 
 from persona_nnsight import CaptureResult, Grid, Model
+from persona_nnsight.backends.local import LocalBackend
 from persona_nnsight.costs import Limits
 from persona_nnsight.engine import Recorded, Scored, Written, run
 from persona_nnsight.execution import Interrupted, execute, execute_together
@@ -45,7 +46,7 @@ def studies(model: Model) -> list[tuple[Grid, Plan]]:
 
 @pytest.mark.parametrize("limits", [Limits(cells=100, rows=100), Limits(cells=1, rows=3)])
 def test_together_as_alone(tiny: Tiny, limits: Limits, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("persona_nnsight.execution.fit_limits", lambda plan, model: limits)
+    monkeypatch.setattr(LocalBackend, "limits", lambda self, plan: limits)
     model = tiny("llama")
     both = studies(model)
     together = execute_together(model, both)

@@ -9,16 +9,20 @@ import typer
 
 from persona_cli import (
     capture,
+    doctor,
     grids,
     inject,
+    jobs,
     markers,
     models,
     report,
     reproduce,
+    resume,
     steer,
     substitute,
     vectors,
 )
+from persona_cli.command_line import typed
 from persona_cli.option_groups import expand_groups
 from persona_nnsight.errors import PersonaError
 
@@ -38,6 +42,9 @@ for _command in (
     reproduce.reproduce,
     report.report,
     vectors.vectors,
+    jobs.jobs,
+    resume.resume,
+    doctor.doctor,
 ):
     app.command(_command.__name__)(expand_groups(_command))
 app.add_typer(grids.app, name="grids")
@@ -74,6 +81,7 @@ def persona(
 def main(arguments: list[str] | None = None) -> None:
     """Run the command line; bad input is one sentence on standard error and exit code 2."""
     try:
+        typed.set(tuple(sys.argv[1:] if arguments is None else arguments))
         app(arguments)
     except PersonaError as error:
         print(f"persona: {error}", file=sys.stderr)

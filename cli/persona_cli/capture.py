@@ -38,6 +38,7 @@ def capture(
             rich_help_panel="Sites and measure",
         ),
     ] = 10,
+    where: o.BackendOptions,
     run: o.RunOptions,
 ) -> None:
     """Record what persona and task do to the residual stream, and how the two effects add up.
@@ -58,6 +59,7 @@ def capture(
     run_experiment(
         grid=grid,
         model=model,
+        where=where,
         run=run,
         make_plan=lambda skeleton: plan_capture(
             skeleton,

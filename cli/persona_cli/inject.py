@@ -30,6 +30,7 @@ def inject(
     ] = False,
     window: o.Window = 10,
     generate: o.Generate = 0,
+    where: o.BackendOptions,
     run: o.RunOptions,
 ) -> None:
     """Try to give a persona to a prompt that does not name it, by writing residuals into it.
@@ -52,6 +53,7 @@ def inject(
     run_experiment(
         grid=grid,
         model=model,
+        where=where,
         run=run,
         make_plan=lambda skeleton: plan_inject(
             skeleton,

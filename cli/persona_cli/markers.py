@@ -26,6 +26,7 @@ def markers(
         int,
         typer.Option(help="Length of a text, in tokens.", rich_help_panel="Sites and measure"),
     ] = 80,
+    where: o.BackendOptions,
     run: o.RunOptions,
 ) -> None:
     """Generate text with and without the persona's effect, and look for the persona in it.
@@ -46,6 +47,7 @@ def markers(
     run_experiment(
         grid=grid,
         model=model,
+        where=where,
         run=run,
         make_plan=lambda skeleton: plan_markers(skeleton, grid, layers=layers, tokens=tokens),
         show=_table,

@@ -17,6 +17,7 @@ if TYPE_CHECKING:
 DEFAULT_MODEL = ALIAS
 
 _MODEL, _CELLS, _SITES, _OUTPUT = "Model", "Cells", "Sites and measure", "Output"
+_WHERE = "Where it runs"
 
 ModelSpec = Annotated[
     str,
@@ -184,6 +185,93 @@ Verbose = Annotated[
         rich_help_panel=_OUTPUT,
     ),
 ]
+
+
+BackendName = Annotated[
+    str,
+    typer.Option(
+        "--backend",
+        metavar="NAME",
+        help="local (this machine), ndif (a server that has the model), or simulate (a rehearsal "
+        "of ndif on this machine).",
+        rich_help_panel=_WHERE,
+    ),
+]
+Remote = Annotated[
+    bool,
+    typer.Option("--remote", help="Short for --backend ndif.", rich_help_panel=_WHERE),
+]
+NdifHost = Annotated[
+    str | None,
+    typer.Option(
+        "--ndif-host",
+        metavar="URL",
+        help="The NDIF server. The API key comes from NDIF_API_KEY or nnsight's configuration.",
+        show_default="nnsight's configuration",
+        rich_help_panel=_WHERE,
+    ),
+]
+Insecure = Annotated[
+    bool,
+    typer.Option(
+        "--insecure",
+        help="Allow plain http to another machine, where the way there can read and change all.",
+        rich_help_panel=_WHERE,
+    ),
+]
+Detach = Annotated[
+    bool,
+    typer.Option(
+        "--detach/--no-detach",
+        help="Send the jobs and do not wait: `persona resume` collects them.",
+        show_default=False,
+        rich_help_panel=_WHERE,
+    ),
+]
+#: Set by `persona resume`, which runs a command again in the directory that holds its jobs.
+Resume = Annotated[Path | None, typer.Option("--resume", hidden=True)]
+
+BACKENDS = ("local", "simulate", "ndif")
+
+
+@dataclass(frozen=True)
+class BackendOptions:
+    """Where the work is done."""
+
+    backend: BackendName = "local"
+    remote: Remote = False
+    ndif_host: NdifHost = None
+    insecure: Insecure = False
+    detach: Detach = False
+    resume: Resume = None
+
+    @property
+    def name(self) -> str:
+        """``local``, ``simulate`` or ``ndif``.
+
+        Raises:
+            PersonaError: an unknown name, or options of a server without one.
+        """
+        if self.backend not in BACKENDS:
+            raise PersonaError(
+                f"Backend {self.backend!r} does not exist; use {', '.join(BACKENDS)}."
+            )
+        if self.remote and self.backend == "simulate":
+            raise PersonaError(
+                "--remote means --backend ndif and cannot go with --backend simulate."
+            )
+        chosen = "ndif" if self.remote else self.backend
+        given = {
+            "--ndif-host": self.ndif_host is not None,
+            "--insecure": self.insecure,
+            "--detach": self.detach,
+        }
+        for option, there in given.items():
+            if there and chosen != "ndif":
+                raise PersonaError(
+                    f"{option} is for a server; add --backend ndif, or leave it out."
+                )
+        return chosen
 
 
 @dataclass(frozen=True)

@@ -14,6 +14,7 @@ from rich.table import Table
 
 from persona_cli import options as o
 from persona_cli.console import note_step, notes, output
+from persona_cli.pending import is_pending, note_pending
 from persona_cli.running import (
     as_records,
     cost_summary,
@@ -69,6 +70,7 @@ def reproduce(
             rich_help_panel="Cells",
         ),
     ] = None,
+    where: o.BackendOptions,
     run: o.RunOptions,
 ) -> None:
     """Make Tables 1 to 4 and Figure 1 of the paper on a model, beside the published figures.
@@ -87,6 +89,7 @@ def reproduce(
 
     Example: persona reproduce --only table1,figure1
     """
+    from persona_nnsight.backends import Detached
     from persona_nnsight.report import write_report
     from persona_nnsight.reproduction.reproduce import (
         ReproductionInterrupted,
@@ -101,7 +104,10 @@ def reproduce(
     def show_plan(skeleton: Model, studies: list[Study]) -> None:
         passes = in_passes(studies)
         if run.as_json and run.dry_run:
-            costs = [cost_summary(skeleton, joint_plan(found), found[0].grid) for found in passes]
+            costs = [
+                cost_summary(skeleton, joint_plan(found), found[0].grid, model, where)
+                for found in passes
+            ]
             tables = [[study.table for study in found] for found in passes]
             data = [{"tables": t, **cost} for t, cost in zip(tables, costs, strict=True)]
             print(json.dumps({"command": "reproduce", "passes": data}, indent=1))
@@ -109,12 +115,14 @@ def reproduce(
         for found in passes:
             title = "; ".join(TITLES[study.table] for study in found)
             (output() if run.dry_run else notes).print(title, style="italic")
-            show_costs(skeleton, found[0].grid, joint_plan(found), run)
+            show_costs(skeleton, found[0].grid, joint_plan(found), model, where, run)
 
     ready = prepare(
         model,
+        where,
         run,
         make_plan=lambda skeleton: plan_reproduction(skeleton, short, long, only),
+        studies=lambda studies: [(study.grid, study.plan) for study in studies],
         show_plan=show_plan,
         name=lambda _: "reproduce-{model}",
     )
@@ -122,13 +130,17 @@ def reproduce(
         return
     interrupted = False
     try:
-        with progress_bar("reproduce") as progress:
-            made = carry_out(ready.model, ready.plan, progress)
+        with progress_bar("reproduce") as (progress, say):
+            made = carry_out(ready.model, ready.plan, progress, ready.backend(say))
+    except Detached as elsewhere:
+        note_pending(ready.out, interrupted=elsewhere.interrupted)
     except ReproductionInterrupted as stopped:
+        if is_pending(ready.out):
+            note_pending(ready.out, interrupted=True)
         interrupted, made = True, stopped.reproduction
         if not made.results:
             note_nothing_finished()
-    made.save(ready.out)
+    made.save(ready.out, finishes=where.name == "ndif")
     note_step("Drawing the figures")
     write_report([ready.out])
     if run.as_json:

@@ -17,11 +17,19 @@ from rich.table import Table
 from rich.text import Text
 
 from persona_cli.console import note_step, notes, output, spinner
-from persona_cli.options import ModelOptions, RunOptions
+from persona_cli.options import BackendOptions, ModelOptions, RunOptions
+from persona_cli.pending import (
+    check_model_options,
+    check_target,
+    is_pending,
+    make_backend,
+    note_pending,
+)
 
 if TYPE_CHECKING:
     import pandas as pd
 
+    from persona_nnsight.backends import Backend
     from persona_nnsight.grids import Grid
     from persona_nnsight.models import Model
     from persona_nnsight.plan import Plan
@@ -32,18 +40,24 @@ P = TypeVar("P")
 
 @dataclass(frozen=True)
 class Ready(Generic[P]):
-    """A loaded model, what to run on it, and the directory that the run goes to."""
+    """A loaded model, what to run on it and where, and the directory that the run goes to.
+
+    `backend` makes what does the work, given what to tell of its progress in words.
+    """
 
     model: Model
     plan: P
     out: Path
+    backend: Callable[[Callable[[str], None]], Backend]
 
 
 def prepare(
     model: ModelOptions,
+    where: BackendOptions,
     run: RunOptions,
     *,
     make_plan: Callable[[Model], P],
+    studies: Callable[[P], list[tuple[Grid, Plan]]],
     show_plan: Callable[[Model, P], None],
     name: Callable[[P], str],
 ) -> Ready[P] | None:
@@ -52,15 +66,18 @@ def prepare(
     Everything that can be refused is refused before weights are downloaded or loaded.
 
     Args:
-        model, run: the options.
+        model, where, run: the options.
         make_plan: the plan for a model without weights.
+        studies: the grids and plans in it.
         show_plan: prints it, for a dry run and with --verbose.
         name: what the default directory is called, such as ``inject-{model}-short``, for a plan.
     """
-    from persona_nnsight.runs import check_free, default_directory
+    from persona_nnsight.runs import default_directory
 
-    if run.out is not None:
-        check_free(run.out)
+    check_model_options(model, where)
+    asked_out = where.resume or run.out
+    if asked_out is not None:
+        check_target(asked_out, where)
     _quiet_libraries(run.verbose)
 
     from persona_nnsight.models import load_model
@@ -79,15 +96,22 @@ def prepare(
             show_plan(skeleton, plan)
         if run.dry_run:
             return None
-        out = run.out or default_directory(name(plan).format(model=skeleton.weights.slug))
-        check_free(out)
-        return Ready(load_model(**arguments, notify=notify), plan, out)
+        out = asked_out or default_directory(name(plan).format(model=skeleton.weights.slug))
+        check_target(out, where)
+        remote = where.name == "ndif"  # then the server has the weights
+        loaded = skeleton if remote else load_model(**arguments, notify=notify)
+
+    def backend(notify: Callable[[str], None]) -> Backend:
+        return make_backend(loaded, where, model.dtype, out, studies(plan), notify)
+
+    return Ready(loaded, plan, out, backend)
 
 
 def run_experiment(
     *,
     grid: Grid,
     model: ModelOptions,
+    where: BackendOptions,
     run: RunOptions,
     make_plan: Callable[[Model], Plan],
     show: Callable[[Result], RenderableType],
@@ -98,23 +122,26 @@ def run_experiment(
 
     Args:
         grid: the cells.
-        model, run: the options.
+        model, where, run: the options.
         make_plan: the experiment's plan for a model without weights.
         show: the result for the terminal.
         plan_beside: another plan for the same pass.
         save_beside: what to do with its result; returns the file written.
     """
+    from persona_nnsight.backends import Detached
     from persona_nnsight.execution import Interrupted, execute_together
 
     makers = [make_plan] if plan_beside is None else [make_plan, plan_beside]
 
     def show_plan(skeleton: Model, plans: Sequence[Plan]) -> None:
-        show_costs(skeleton, grid, plans[0], run)
+        show_costs(skeleton, grid, plans[0], model, where, run)
 
     ready = prepare(
         model,
+        where,
         run,
         make_plan=lambda skeleton: [make(skeleton) for make in makers],
+        studies=lambda plans: [(grid, plan) for plan in plans],
         show_plan=show_plan,
         name=lambda plans: f"{plans[0].command}-{{model}}-{grid.name}",
     )
@@ -122,15 +149,21 @@ def run_experiment(
         return
     interrupted = False
     try:
-        with progress_bar(ready.plan[0].command) as progress:
-            results = execute_together(ready.model, [(grid, plan) for plan in ready.plan], progress)
+        with progress_bar(ready.plan[0].command) as (progress, say):
+            results = execute_together(
+                ready.model, [(grid, plan) for plan in ready.plan], progress, ready.backend(say)
+            )
+    except Detached as elsewhere:
+        note_pending(ready.out, interrupted=elsewhere.interrupted)
     except Interrupted as stopped:
+        if is_pending(ready.out):
+            note_pending(ready.out, interrupted=True)
         interrupted = True
         if 0 not in stopped.results:
             note_nothing_finished()
         results = [stopped.results[0]]
     result = results[0]
-    result.save(ready.out)
+    result.save(ready.out, finishes=where.name == "ndif")
     more = [save_beside(beside) for beside in results[1:] if save_beside is not None]
     if run.as_json:
         print(json.dumps(_summary(result, ready.out), indent=1, ensure_ascii=False))
@@ -170,10 +203,15 @@ def _quiet_libraries(verbose: bool) -> None:
 
 
 @contextmanager
-def progress_bar(command: str) -> Iterator[Callable[[int, int], None]]:
-    """A bar with rows done and time left, on standard error; yields what moves it."""
+def progress_bar(
+    command: str,
+) -> Iterator[tuple[Callable[[int, int], None], Callable[[str], None]]]:
+    """A bar with rows done and time left, on standard error.
+
+    Yields what moves it, and what puts a few words beside it.
+    """
     bar = Progress(
-        TextColumn("{task.description}"),
+        TextColumn("{task.description}", markup=False),
         BarColumn(),
         MofNCompleteColumn(),
         TextColumn("rows, about"),
@@ -184,32 +222,54 @@ def progress_bar(command: str) -> Iterator[Callable[[int, int], None]]:
     )
     with bar:
         task = bar.add_task(command, total=None)
-        yield lambda done, total: bar.update(task, completed=done, total=total)
+        yield (
+            lambda done, total: bar.update(task, completed=done, total=total),
+            lambda words: bar.update(task, description=f"{command}: {words}"),
+        )
 
 
-def show_costs(model: Model, grid: Grid, plan: Plan, run: RunOptions) -> None:
+def show_costs(
+    model: Model,
+    grid: Grid,
+    plan: Plan,
+    options: ModelOptions,
+    where: BackendOptions,
+    run: RunOptions,
+) -> None:
     """Print what a plan will do: the result of a dry run, a note otherwise."""
-    from persona_nnsight.costs import estimate, fit_limits
+    from persona_nnsight.costs import estimate
     from persona_nnsight.weights.model_files import human_size
 
     if run.as_json and run.dry_run:
-        summary = {"command": plan.command, **cost_summary(model, plan, grid)}
+        summary = {"command": plan.command, **cost_summary(model, plan, grid, options, where)}
         print(json.dumps(summary, indent=1, ensure_ascii=False))
         return
-    limits = fit_limits(plan, model)
+    limits = make_backend(model, where, options.dtype).limits(plan)
     cost = estimate(plan, model, limits)
     dtype = str(model.dtype).removeprefix("torch.")
+    memory = (
+        f"{human_size(cost.weight_bytes)} of weights, about {human_size(cost.working_bytes)} "
+        "beside them"
+    )
+    remote = where.name == "ndif"
+    place = "on the server, as it has it" if remote else f"{dtype} on {model.device}"
+    jobs = math.ceil(cost.cells / limits.cells)
     rows = {
-        "model": f"{model.weights.model_id}, {dtype} on {model.device}",
+        "model": f"{model.weights.model_id}, {place}",
         "grid": f"{grid.name}, {cost.cells} cells",
         "layers": ", ".join(map(str, plan.layers)) + f" of {model.tree.n_layers}",
         "positions": ", ".join(plan.positions),
         "rows": f"{plan.n_results}: {cost.cells} cells recorded, the rest KLs and texts",
         "unique prompts": f"{cost.unique_prompts}, {cost.prompt_tokens} tokens",
         "tokens": f"{cost.token_forwards} through the model",
-        "forward passes": f"{cost.forward_passes}, up to {limits.rows} rows each",
-        "memory": f"{human_size(cost.weight_bytes)} of weights, "
-        f"about {human_size(cost.working_bytes)} beside them",
+        **(
+            {"jobs": f"{jobs}, up to {limits.cells} cells each"}
+            if remote
+            else {
+                "forward passes": f"{cost.forward_passes}, up to {limits.rows} rows each",
+                "memory": memory,
+            }
+        ),
     }
     table = Table(box=None, show_header=False, pad_edge=False)
     table.add_column(style="bold")
@@ -218,10 +278,13 @@ def show_costs(model: Model, grid: Grid, plan: Plan, run: RunOptions) -> None:
     (output() if run.dry_run else notes).print(table)
 
 
-def cost_summary(model: Model, plan: Plan, grid: Grid) -> dict[str, Any]:
+def cost_summary(
+    model: Model, plan: Plan, grid: Grid, options: ModelOptions, where: BackendOptions
+) -> dict[str, Any]:
     """What ``--dry-run --json`` says of a plan."""
-    from persona_nnsight.costs import estimate, fit_limits
+    from persona_nnsight.costs import estimate
 
+    limits = make_backend(model, where, options.dtype).limits(plan)
     return {
         "model": model.weights.model_id,
         "grid": grid.name,
@@ -229,7 +292,7 @@ def cost_summary(model: Model, plan: Plan, grid: Grid) -> dict[str, Any]:
         "positions": plan.positions,
         "window": plan.window,
         "cells": [[cell.persona, cell.task] for cell in plan.cells],
-        "cost": estimate(plan, model, fit_limits(plan, model)).to_dict(),
+        "cost": estimate(plan, model, limits).to_dict(),
     }
 
 

@@ -67,6 +67,7 @@ def steer(
         ),
     ] = None,
     generate: o.Generate = 0,
+    where: o.BackendOptions,
     run: o.RunOptions,
 ) -> None:
     """Write the persona's and the task's effects in other proportions, and see what that does.
@@ -107,6 +108,7 @@ def steer(
     run_experiment(
         grid=grid,
         model=model,
+        where=where,
         run=run,
         make_plan=lambda skeleton: plan_steer(
             skeleton,

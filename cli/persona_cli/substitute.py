@@ -41,6 +41,7 @@ def substitute(
         typer.Option(help="Seed of the random control.", rich_help_panel="Sites and measure"),
     ] = 0,
     generate: o.Generate = 0,
+    where: o.BackendOptions,
     run: o.RunOptions,
 ) -> None:
     """Overwrite one residual of the role prompt's run and measure how the answer changes.
@@ -63,6 +64,7 @@ def substitute(
     run_experiment(
         grid=grid,
         model=model,
+        where=where,
         run=run,
         make_plan=lambda skeleton: plan_substitute(
             skeleton,

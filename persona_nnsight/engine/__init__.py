@@ -115,7 +115,11 @@ def _run_chunk(chunk: Chunk, numbers: range, batch_rows: int) -> Iterator[Event]
 
 def _scores(chunk: Chunk, recorded: Record, numbers: range, batch_rows: int) -> Iterator[Scored]:
     plan = chunk.plan
-    scored = [index for index, edit in enumerate(plan.edits) if edit.scored]
+    scored = [
+        index
+        for index, edit in enumerate(plan.edits)
+        if edit.scored and any(map(edit.runs_on, numbers))
+    ]
     if not scored:
         return
     keys = dict.fromkeys(["XY", *(plan.edits[index].host for index in scored)])

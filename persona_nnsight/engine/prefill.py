@@ -50,25 +50,50 @@ class Chunk:
         """The decoder layers, as nnsight envoys."""
         return self.lm.get(self.tree.layers)
 
+    def residual(self, layer: int) -> Tensor:
+        """The residual at a layer, inside a trace of several forwards that share a KV cache.
+
+        Where there is one, it is read from the norm that it goes through first: a server's sandbox
+        hands out copies of a module's arguments and puts them in their place, and a decoder layer
+        has the cache among its arguments, which would stay behind.
+        """
+        norm = self.tree.input_norm
+        read: Tensor = (self.layers[layer].get(norm) if norm else self.layers[layer]).input
+        return read
+
+    def editable_residual(self, layer: int) -> Tensor:
+        """The same, to be edited in place: what the layer below leaves."""
+        if layer == 0:
+            first: Tensor = self.layers[0].input
+            return first
+        below = self.layers[layer - 1].output
+        hidden: Tensor = below[0] if isinstance(below, tuple) else below
+        return hidden
+
     @property
     def dtype(self) -> torch.dtype:
         """Of the model's activations."""
         dtype: torch.dtype = self.lm._module.dtype
         return dtype
 
+    @property
+    def device(self) -> torch.device:
+        """Where token ids, row numbers and recorded residuals are kept."""
+        return self.prefix.opening.device
+
     def rows(self, prompts: Sequence[int]) -> Tensor:
         """Rows of the prefix that hold these prompts of the plan, int [prompts]."""
-        return torch.tensor([self.prefix.row[prompt] for prompt in prompts], device=self.lm.device)
+        return torch.tensor([self.prefix.row[prompt] for prompt in prompts], device=self.device)
 
     def tail_offsets(self, prompts: Sequence[int], position: str) -> Tensor:
         """Index within the tail of a prompt position, int [prompts]."""
         tail = self.plan.tail
         if position == "p_last":
-            return torch.full((len(prompts),), tail - 1, device=self.lm.device)
+            return torch.full((len(prompts),), tail - 1, device=self.device)
         chosen = [self.plan.prompts[prompt] for prompt in prompts]
         return torch.tensor(
             [user_last(prompt) - (len(prompt.ids) - tail) for prompt in chosen],
-            device=self.lm.device,
+            device=self.device,
         )
 
 
@@ -83,8 +108,11 @@ def prefill(lm: Any, plan: Plan, cells: Sequence[CellPlan]) -> Prefix:
     length = max(map(len, openings))
     padded = [[plan.pad_id] * (length - len(ids)) + list(ids) for ids in openings]
     seen = [[0] * (length - len(ids)) + [1] * len(ids) for ids in openings]
-    opening = torch.tensor(padded, device=lm.device)
-    mask = torch.tensor(seen, device=lm.device)
+    # A server's sandbox runs this far from the weights, with a model that has none: the forward's
+    # own output says where tensors live.
+    begin = torch.device("cpu") if lm.device.type == "meta" else lm.device
+    opening = torch.tensor(padded, device=begin)
+    mask = torch.tensor(seen, device=begin)
     with lm.trace(
         input_ids=opening,
         attention_mask=mask,
@@ -100,13 +128,13 @@ def prefill(lm: Any, plan: Plan, cells: Sequence[CellPlan]) -> Prefix:
                 "by the rows of a batch; only models whose every layer has ordinary or "
                 "sliding-window attention are supported."
             )
+    device = cache.layers[0].keys.device
+    tails = [plan.prompts[index].ids[-plan.tail :] for index in prompts]
     return Prefix(
         cache=cache,
-        opening=opening,
-        mask=mask,
-        tails=torch.tensor(
-            [plan.prompts[index].ids[-plan.tail :] for index in prompts], device=lm.device
-        ),
+        opening=opening.to(device),
+        mask=mask.to(device),
+        tails=torch.tensor(tails, device=device),
         row={index: row for row, index in enumerate(prompts)},
     )
 

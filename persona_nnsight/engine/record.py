@@ -62,10 +62,9 @@ def record(chunk: Chunk) -> Record:
         for name in plan.positions
         if generated_index(name) == 0
     }
-    every = torch.arange(len(rows), device=lm.device)
+    every = torch.arange(len(rows), device=chunk.device)
     steps = plan.last_generated + 1
-    inputs = prompt_inputs(chunk, rows, steps)
-    with lm.generate(**inputs) as tracer:
+    with lm.generate(**prompt_inputs(chunk, rows, steps)) as tracer:
         reads = nnsight.save([])
         norms = nnsight.save([])
         broken = nnsight.save([])
@@ -74,28 +73,29 @@ def record(chunk: Chunk) -> Record:
             names = [name for name in plan.positions if generated_index(name) == step]
             for layer in plan.layers:
                 for name in names:
-                    hidden = layers[layer].input
+                    hidden = chunk.residual(layer)
                     where = offsets[name].to(hidden.device) if step == 0 else -1
                     read = hidden[every.to(hidden.device), where]
-                    reads.append((name, layer, read.float().to(lm.device)))
+                    reads.append((name, layer, read.float().to(chunk.device)))
                 if norm is not None and names:
                     normed = layers[layer].get(norm).output
                     for name in names:
                         where = offsets[name].to(normed.device) if step == 0 else -1
                         read = normed[every.to(normed.device), where]
-                        norms.append((name, layer, read.float().to(lm.device)))
+                        norms.append((name, layer, read.float().to(chunk.device)))
             logits = lm.output.logits
             broken.append(_overflowed(logits[:n_cells, -1]))
             logits[n_cells:, -1] = logits[:n_cells, -1].repeat(n_keys - 1, 1)
+            cache = nnsight.save(lm.output.past_key_values)
         ids = nnsight.save(tracer.result)
     continuations = ids[:n_cells, -steps:]
     if plan.window > 1:
-        # XY goes on alone; the first generate has left its tokens in the cache it was given.
-        own = torch.arange(n_cells, device=lm.device)
+        # XY goes on alone.
+        own = torch.arange(n_cells, device=chunk.device)
         with lm.generate(
             input_ids=ids[:n_cells],
             attention_mask=grown_mask(chunk.prefix.mask[rows[:n_cells]], plan.tail + steps),
-            past_key_values=select_rows(inputs["past_key_values"], own),
+            past_key_values=select_rows(cache, own),
             max_new_tokens=plan.window - 1,
             pad_token_id=plan.pad_id,
             **GREEDY,
@@ -113,7 +113,7 @@ def record(chunk: Chunk) -> Record:
         geometry["inter_over_xy_normed"] = after_norm["inter_over_xy"]
     if plan.given_x is not None:
         given = torch.tensor([plan.given_x[cell.persona] for cell in chunk.cells])
-        residuals["XB"] = residuals["BB"] + given.to(lm.device)
+        residuals["XB"] = residuals["BB"] + given.to(chunk.device)
     recorded = Record(
         residuals=residuals,
         geometry=geometry,

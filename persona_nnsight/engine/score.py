@@ -45,8 +45,8 @@ def score(
     k = generated_index(edit.positions[0])
     fed = fed_tokens(plan, edit.positions)
     prompts = [chunk.cells[cell].prompts[host.key] for cell, _ in batch]
-    of_cell = torch.tensor([cell for cell, _ in batch], device=lm.device)
-    in_batch = torch.arange(len(batch), device=lm.device)
+    of_cell = torch.tensor([cell for cell, _ in batch], device=chunk.device)
+    in_batch = torch.arange(len(batch), device=chunk.device)
     # A site that lies beyond the window cannot touch its logits, and is not fed.
     reached = [name for name in edit.positions if generated_index(name) < k + plan.window]
     offsets = {name: _fed_offsets(chunk, prompts, name) for name in reached}
@@ -115,5 +115,5 @@ def written_vectors(
 def _fed_offsets(chunk: Chunk, prompts: Sequence[int], position: str) -> Tensor:
     """Index of `position` within tail and continuation, int [prompts]."""
     if k := generated_index(position):
-        return torch.full((len(prompts),), chunk.plan.tail - 1 + k, device=chunk.lm.device)
+        return torch.full((len(prompts),), chunk.plan.tail - 1 + k, device=chunk.device)
     return chunk.tail_offsets(prompts, position)

@@ -24,7 +24,7 @@ def write(
         batch: rows (cell within the chunk, edit of the plan); the edits share the length of their
             text and need not share anything else.
     """
-    lm, plan, layers = chunk.lm, chunk.plan, chunk.layers
+    lm, plan = chunk.lm, chunk.plan
     length = plan.edits[batch[0][1]].generate
     prompts = [chunk.cells[cell].prompts[plan.edits[edit].host] for cell, edit in batch]
     # (decode step, layer) -> what is written there: row, index within the fed tokens, vector
@@ -40,7 +40,7 @@ def write(
         for step in tracer.iter[:steps]:
             for layer in plan.layers:
                 for row, where, vector in writes.get((step, layer), ()):
-                    hidden = layers[layer].input
+                    hidden = chunk.editable_residual(layer)
                     hidden[row, where] = vector.to(hidden.device, hidden.dtype)
         ids = nnsight.save(tracer.result)
     tokens = ids[:, -length:]

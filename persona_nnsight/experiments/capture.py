@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from persona_nnsight.backends import Backend
 from persona_nnsight.execution import Progress, execute
 from persona_nnsight.experiments.setup import Layers, Positions, checked, sites_of
 from persona_nnsight.grids import Grid
@@ -35,6 +36,7 @@ def capture(
     positions: Positions = DEFAULT_POSITIONS,
     window: int = 10,
     progress: Progress | None = None,
+    backend: Backend | None = None,
 ) -> CaptureResult:
     """Record the residuals of BB, XB, BY and XY at every asked site, and how they add up.
 
@@ -47,12 +49,13 @@ def capture(
         positions: names such as ``p_last,g1,g2``.
         window: tokens of XY's continuation that are kept beyond the last position.
         progress: called with (rows done, rows in all).
+        backend: what does the work (`persona_nnsight.backends`); None does it here.
 
     Raises:
         PersonaError: bad input, or a value that is not finite.
         Interrupted: Ctrl-C; holds the finished cells.
     """
     plan = plan_capture(model, grid, layers=layers, positions=positions, window=window)
-    result = execute(model, grid, plan, progress)
+    result = execute(model, grid, plan, progress, backend)
     assert isinstance(result, CaptureResult)
     return result

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
+from persona_nnsight.backends import Backend
 from persona_nnsight.conditions import HOST, INJECT_CONDITIONS
 from persona_nnsight.execution import Progress, execute
 from persona_nnsight.experiments.setup import Layers, checked, clean_text, sites_of
@@ -51,6 +52,7 @@ def inject(
     window: int = 10,
     generate: int = 0,
     progress: Progress | None = None,
+    backend: Backend | None = None,
 ) -> EditResult:
     """Write the persona's residual into the prompt without the persona, at its last token.
 
@@ -65,12 +67,13 @@ def inject(
         window: tokens per KL.
         generate: also write this many tokens of greedy text per edit.
         progress: called with (rows done, rows in all).
+        backend: what does the work (`persona_nnsight.backends`); None does it here.
 
     Raises:
         PersonaError: bad input, or a value that is not finite.
         Interrupted: Ctrl-C; holds the finished rows.
     """
     plan = plan_inject(model, grid, layers=layers, each=each, window=window, generate=generate)
-    result = execute(model, grid, plan, progress)
+    result = execute(model, grid, plan, progress, backend)
     assert isinstance(result, EditResult)
     return result

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from persona_nnsight.backends import Backend
 from persona_nnsight.conditions import BARE, TASK_KEY
 from persona_nnsight.errors import PersonaError
 from persona_nnsight.execution import Progress, execute
@@ -47,6 +48,7 @@ def markers(
     layers: Layers = EDITED_DEPTH,
     tokens: int = 80,
     progress: Progress | None = None,
+    backend: Backend | None = None,
 ) -> MarkersResult:
     """Generate text with the persona's effect kept, replaced and taken out, and count markers.
 
@@ -59,12 +61,13 @@ def markers(
         layers: where to write; see `capture`.
         tokens: length of a text, in tokens; shorter where it ends by itself.
         progress: called with (rows done, rows in all).
+        backend: what does the work (`persona_nnsight.backends`); None does it here.
 
     Raises:
         PersonaError: bad input, or a value that is not finite.
         Interrupted: Ctrl-C; holds the finished texts.
     """
     plan = plan_markers(model, grid, layers=layers, tokens=tokens)
-    result = execute(model, grid, plan, progress)
+    result = execute(model, grid, plan, progress, backend)
     assert isinstance(result, MarkersResult)
     return result

@@ -7,6 +7,7 @@ import re
 from collections.abc import Iterable
 from typing import Any
 
+from persona_nnsight.backends import Backend
 from persona_nnsight.conditions import HOST, STEER
 from persona_nnsight.errors import PersonaError
 from persona_nnsight.execution import Progress, execute
@@ -131,6 +132,7 @@ def steer(
     window: int = 10,
     generate: int = 0,
     progress: Progress | None = None,
+    backend: Backend | None = None,
 ) -> EditResult:
     """Write h_BB + α·Δ_X + β·Δ_Y and measure KL and text against α and β.
 
@@ -149,6 +151,7 @@ def steer(
         window: tokens per KL.
         generate: also write this many tokens of greedy text per run.
         progress: called with (rows done, rows in all).
+        backend: what does the work (`persona_nnsight.backends`); None does it here.
 
     Raises:
         PersonaError: bad input, or a value that is not finite.
@@ -166,6 +169,6 @@ def steer(
         window=window,
         generate=generate,
     )
-    result = execute(model, grid, plan, progress)
+    result = execute(model, grid, plan, progress, backend)
     assert isinstance(result, EditResult)
     return result

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable
 
+from persona_nnsight.backends import Backend
 from persona_nnsight.conditions import SUBSTITUTE_CONDITIONS
 from persona_nnsight.errors import PersonaError
 from persona_nnsight.execution import Progress, execute
@@ -53,6 +54,7 @@ def substitute(
     generate: int = 0,
     seed: int = 0,
     progress: Progress | None = None,
+    backend: Backend | None = None,
 ) -> EditResult:
     """Overwrite one residual of the XY run, one site at a time, and measure what changes.
 
@@ -68,6 +70,7 @@ def substitute(
         generate: also write this many tokens of greedy text per edit.
         seed: of the ``random`` control.
         progress: called with (rows done, rows in all).
+        backend: what does the work (`persona_nnsight.backends`); None does it here.
 
     Raises:
         PersonaError: bad input, or a value that is not finite.
@@ -83,7 +86,7 @@ def substitute(
         generate=generate,
         seed=seed,
     )
-    result = execute(model, grid, plan, progress)
+    result = execute(model, grid, plan, progress, backend)
     assert isinstance(result, EditResult)
     return result
 

@@ -7,9 +7,12 @@ from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
+from typing import Any
 
 import pandas as pd
 
+from persona_nnsight.backends import Backend, Detached
+from persona_nnsight.backends.local import LocalBackend
 from persona_nnsight.execution import Interrupted, Progress, execute_together
 from persona_nnsight.grids import Grid
 from persona_nnsight.joint_plan import join
@@ -32,6 +35,7 @@ class Reproduction:
         results: the run of each table, by name; those of an interrupted reproduction may lack.
         seconds: wall time of each finished pass by its tables, such as ``table2+table3``.
         complete: False when it was interrupted.
+        where: where it was run (`persona_nnsight.backends.Backend.record`).
     """
 
     model: Model
@@ -39,6 +43,7 @@ class Reproduction:
     results: dict[str, Result]
     seconds: dict[str, float]
     complete: bool
+    where: dict[str, Any]
 
     def table(self, name: str) -> pd.DataFrame:
         """Ours beside the published (`persona_nnsight.reproduction.comparison.comparison`)."""
@@ -48,13 +53,17 @@ class Reproduction:
     def _tables(self) -> dict[str, pd.DataFrame]:
         return {name: comparison(self.studies[name], r) for name, r in self.results.items()}
 
-    def save(self, directory: str | Path) -> Path:
+    def save(self, directory: str | Path, *, finishes: bool = False) -> Path:
         """Write the run of every table into a directory of its own, and the tables beside them.
+
+        Args:
+            directory: where the runs go.
+            finishes: it may hold the record of this run's jobs on a server, which then goes.
 
         Raises:
             PersonaError: the directory already holds something, or cannot be written.
         """
-        return save_run(Path(directory), self._write_files)
+        return save_run(Path(directory), self._write_files, finishes=finishes)
 
     def _write_files(self, directory: Path) -> None:
         for name, result in self.results.items():
@@ -62,7 +71,11 @@ class Reproduction:
             result.write_files(directory / name)
             self.table(name).to_csv(directory / f"{name}.csv", index=False)
         manifest = reproduction_manifest(
-            self.model, list(self.results), self.seconds, complete=self.complete
+            self.model,
+            list(self.results),
+            self.seconds,
+            complete=self.complete,
+            where=self.where,
         )
         text = json.dumps(manifest, indent=1, ensure_ascii=False)
         (directory / "run.json").write_text(text + "\n", encoding="utf-8")
@@ -82,6 +95,7 @@ def reproduce(
     long: Grid | None = None,
     only: str | Iterable[str] | None = None,
     progress: Progress | None = None,
+    backend: Backend | None = None,
 ) -> Reproduction:
     """Make the paper's tables on a model.
 
@@ -90,13 +104,14 @@ def reproduce(
         short, long: grids in place of the built-in ones.
         only: tables to make, such as ``table1,figure1``; None for all.
         progress: called with (rows done, rows in all).
+        backend: what does the work (`persona_nnsight.backends`); None does it here.
 
     Raises:
         PersonaError: bad input, or a value that is not finite.
         ReproductionInterrupted: Ctrl-C; holds what was finished.
     """
     studies = plan_reproduction(model, short or Grid.load("short"), long or Grid.load("long"), only)
-    return carry_out(model, studies, progress)
+    return carry_out(model, studies, progress, backend)
 
 
 class ReproductionInterrupted(KeyboardInterrupt):
@@ -120,17 +135,22 @@ def joint_plan(studies: Sequence[Study]) -> Plan:
 
 
 def carry_out(
-    model: Model, studies: Sequence[Study], progress: Progress | None = None
+    model: Model,
+    studies: Sequence[Study],
+    progress: Progress | None = None,
+    backend: Backend | None = None,
 ) -> Reproduction:
     """Run the studies, those over one grid together; see `reproduce`."""
+    worker = LocalBackend(model) if backend is None else backend
     passes = in_passes(studies)
     totals = [joint_plan(found).n_results for found in passes]
     results: dict[str, Result] = {}
     seconds: dict[str, float] = {}
+    detached: Detached | None = None
 
     def reproduction(*, complete: bool) -> Reproduction:
         by_name = {study.table: study for study in studies}
-        return Reproduction(model, by_name, results, seconds, complete)
+        return Reproduction(model, by_name, results, seconds, complete, worker.record())
 
     for number, found in enumerate(passes):
         before = sum(totals[:number])
@@ -140,10 +160,17 @@ def carry_out(
                 progress(before + done, sum(totals))
 
         try:
-            made = execute_together(model, [(s.grid, s.plan) for s in found], report)
+            made = execute_together(model, [(s.grid, s.plan) for s in found], report, worker)
         except Interrupted as stopped:
             results.update((found[part].table, r) for part, r in stopped.results.items())
             raise ReproductionInterrupted(reproduction(complete=False)) from stopped
+        except Detached as elsewhere:
+            if elsewhere.interrupted:
+                raise
+            detached = elsewhere  # the other passes' jobs can be on their way too
+            continue
         results.update(zip((study.table for study in found), made, strict=True))
         seconds["+".join(study.table for study in found)] = made[0].seconds["total"]
+    if detached is not None:
+        raise detached
     return reproduction(complete=True)

@@ -44,6 +44,7 @@ class Weights:
         model_id: The hub id, the alias, or the name of the directory or GGUF file.
         slug: A short name, safe in file names: `smollm2-135m`, `gemma-2-2b-it`.
         revision: The commit hash of a hub snapshot; else None.
+        asked_revision: The branch, tag or commit that was asked for; else None.
         sha256: Of a GGUF file (the embedded one too), the hash of the file; of a directory, its
             fingerprint (`model_files.fingerprint`: whole small files, blocks spread over large
             ones); of a hub snapshot None, as the revision says it all.
@@ -54,7 +55,13 @@ class Weights:
     model_id: str
     slug: str
     revision: str | None = None
+    asked_revision: str | None = None
     sha256: str | None = None
+
+    @property
+    def is_local(self) -> bool:
+        """Whether the model is only on this machine, not on the hub."""
+        return self.revision is None
 
 
 @dataclass(frozen=True)
@@ -179,7 +186,14 @@ def _from_hub(
     path = hub.snapshot(
         spec, revision=revision, fetch=fetch or not weights, weights=weights, notify=notify
     )
-    return Weights(spec, str(path), spec, model_files.slug(spec), revision=path.name)
+    return Weights(
+        spec,
+        str(path),
+        spec,
+        model_files.slug(spec),
+        revision=path.name,
+        asked_revision=revision,
+    )
 
 
 def _suggestion(spec: str) -> str:

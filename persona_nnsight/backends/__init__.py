@@ -1,0 +1,54 @@
+"""Where the engine runs: on this machine, simulated, or on an NDIF server.
+
+A backend has one way to do work, ``run(function, plan, limits)``, and nothing else in the project
+knows where it is done. The modules here:
+
+* `local`: the function is called.
+* `simulate`: nnsight's rehearsal of a remote run, in this process.
+* `ndif`: the function is sent to an NDIF server, a part of the plan at a time.
+* `block`, `shipping`, `there`, `job`, `packing`: what travels there and what comes back.
+* `server`: the server's HTTP interface. `ledger`: which jobs there are, on disk.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from typing import Any, Protocol, TypeAlias
+
+from persona_nnsight.costs import Limits
+from persona_nnsight.engine import Event
+from persona_nnsight.module_tree import ModuleTree
+from persona_nnsight.plan import Plan
+
+#: A function that carries out a plan on an nnsight model, such as `persona_nnsight.engine.run`.
+EngineFunction: TypeAlias = Callable[[Any, ModuleTree, Plan, Limits], Iterator[Event]]
+
+
+class Detached(Exception):  # noqa: N818 - nothing went wrong
+    """The jobs of a run are with a server, and its results are not here yet.
+
+    Attributes:
+        interrupted: whether that is because of Ctrl-C.
+    """
+
+    def __init__(self, host: str, *, interrupted: bool = False) -> None:
+        super().__init__(f"the jobs are with {host}")
+        self.interrupted = interrupted
+
+
+class Backend(Protocol):
+    """Carries out plans, here or elsewhere."""
+
+    def limits(self, plan: Plan) -> Limits:
+        """Batch sizes for a plan: how many cells are recorded together or sent as one job."""
+
+    def run(self, function: EngineFunction, plan: Plan, limits: Limits) -> Iterator[Event]:
+        """Carry out `plan` with `function`; results come as they are finished.
+
+        Raises:
+            PersonaError: bad input, a value that is not finite, or a server that does not do it.
+            Detached: the work goes on elsewhere without this process.
+        """
+
+    def record(self) -> dict[str, Any]:
+        """What ``run.json`` says of where the work was done, as JSON-like data."""

@@ -1,0 +1,91 @@
+"""One job: a function of the engine carried out on a server, for a part of a plan.
+
+This module and what it imports travel as text (`persona_nnsight.backends.shipping`), so it may
+import torch, nnsight, transformers, the standard library, and plain modules of this package.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import platform
+import time
+from importlib import import_module
+from typing import Any
+
+import nnsight
+import torch
+import transformers
+
+from persona_nnsight.backends.packing import pack
+from persona_nnsight.costs import Limits, fit_limits
+from persona_nnsight.errors import PersonaError
+from persona_nnsight.module_tree import ModuleTree, find_tree
+from persona_nnsight.plan import Plan
+from persona_nnsight.plan_data import from_data
+
+
+def run_job(lm: Any, function: str, plan: str, dtype: str | None) -> dict[str, Any]:
+    """Carry out a plan with a function of the engine, and pack what it yields.
+
+    Args:
+        lm: the model of the server.
+        function: ``module:name`` of a function like `persona_nnsight.engine.run`.
+        plan: the plan's data as JSON.
+        dtype: what the weights have to be, such as ``float32``; None takes what the server has.
+
+    Returns:
+        ``events`` and ``tensors`` of `persona_nnsight.backends.packing`, and ``facts``: what this
+        ran on, and how long.
+
+    Raises:
+        PersonaError: a value that is not finite, a model the engine cannot run, or another dtype.
+    """
+    started, start = time.time(), time.perf_counter()
+    asked = from_data(json.loads(plan))
+    served_dtype, device = _served(lm, find_tree(lm._module, torch.float32), asked)
+    name = str(served_dtype).removeprefix("torch.")
+    if dtype is not None and name != dtype:
+        raise PersonaError(
+            f"The server has this model in {name} and --dtype asks for {dtype}; leave --dtype out "
+            "to take what the server has."
+        )
+    tree = find_tree(lm._module, served_dtype)
+    module, _, attribute = function.partition(":")
+    carry_out = getattr(import_module(module), attribute)
+    events, tensors = pack(carry_out(lm, tree, asked, _limits(asked, tree)))
+    return {
+        "events": events,
+        "tensors": tensors,
+        "facts": {
+            "dtype": name,
+            "device": device,
+            "attention": str(lm._module.config._attn_implementation),
+            "started": started,
+            "seconds": time.perf_counter() - start,
+            "versions": {
+                "python": platform.python_version(),
+                "nnsight": nnsight.__version__,
+                "torch": str(torch.__version__),
+                "transformers": transformers.__version__,
+            },
+        },
+    }
+
+
+def _served(lm: Any, tree: ModuleTree, plan: Plan) -> tuple[torch.dtype, str]:
+    """Dtype and device of the activations, from a forward of one token.
+
+    In a server's sandbox the weights are in another process, and nothing else tells.
+    """
+    with lm.trace(input_ids=torch.tensor([[plan.pad_id]]), logits_to_keep=1):
+        hidden = nnsight.save(lm.get(tree.layers)[0].input)
+    return hidden.dtype, str(hidden.device)
+
+
+def _limits(plan: Plan, tree: ModuleTree) -> Limits:
+    if torch.cuda.is_available():
+        free = min(torch.cuda.mem_get_info(i)[0] for i in range(torch.cuda.device_count()))
+        return fit_limits(plan, tree, free_bytes=free, gpu=True)
+    free = os.sysconf("SC_AVPHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
+    return fit_limits(plan, tree, free_bytes=free, gpu=False)

@@ -1,0 +1,240 @@
+"""The jobs of a run that is not finished: which there are, and what came back.
+
+A run directory holds ``pending.json`` and ``parts/`` until its tables can be written:
+
+* ``pending.json``: how to go on (`Origin`) and one record per job, with the id that the server
+  gave it. It is written anew, whole, whenever a job changes, so it is there after a crash.
+* ``parts/KEY.safetensors``: what a job returned (`persona_nnsight.backends.packing`). The key is
+  a digest of what the job computes, so a part is never taken for another plan's.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+from collections.abc import Iterable, Mapping
+from contextlib import suppress
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Any
+
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
+from torch import Tensor
+
+from persona_nnsight.errors import PersonaError
+from persona_nnsight.runs import PARTS, PENDING
+
+_FORMAT = 1
+
+#: States of a job: not sent; with the server; its result is here; ended by an error.
+WAITING, SENT, DONE, FAILED = "waiting", "sent", "done", "failed"
+
+
+@dataclass
+class Job:
+    """One job, from the plan to its result.
+
+    Attributes:
+        key: digest of what it computes.
+        cells: how many cells of the grid it has.
+        state: ``waiting``, ``sent``, ``done`` or ``failed``.
+        id: the server's name for it; None before it is sent.
+        status, description: the server's last word.
+        attempts: how often it was sent; above 1 where the server lost it.
+        sent: when it was sent, seconds since the epoch.
+        queue_seconds: from being sent to starting, as far as the clocks agree; None until done.
+        run_seconds: how long it ran, as the server reports it; None until done.
+        started, ended: when it ran, by the server's clock, seconds since the epoch.
+        bytes_up, bytes_down: sizes of the request and the result.
+    """
+
+    key: str
+    cells: int
+    state: str = WAITING
+    id: str | None = None
+    status: str = ""
+    description: str = ""
+    attempts: int = 0
+    sent: float | None = None
+    queue_seconds: float | None = None
+    run_seconds: float | None = None
+    started: float | None = None
+    ended: float | None = None
+    bytes_up: int = 0
+    bytes_down: int = 0
+
+
+@dataclass(frozen=True)
+class Origin:
+    """How a pending run was started, so that it can be gone on with.
+
+    Attributes:
+        argv: the command line after ``persona``, without the directory.
+        cwd: where it was typed.
+        subject: what it computes: model, grid, arguments, versions; compared when resuming.
+    """
+
+    argv: tuple[str, ...]
+    cwd: str
+    subject: Mapping[str, Any]
+
+
+@dataclass
+class Ledger:
+    """The jobs of one run, and their results.
+
+    Attributes:
+        directory: the run directory; None keeps everything in memory.
+        origin: how the run was started.
+        host: the server that has the jobs.
+        server: what the server runs, once a job said so: dtype, device, versions.
+        jobs: by key, in the order of the plan.
+    """
+
+    directory: Path | None = None
+    origin: Origin | None = None
+    host: str = ""
+    server: dict[str, Any] = field(default_factory=dict)
+    jobs: dict[str, Job] = field(default_factory=dict)
+    _results: dict[str, tuple[str, dict[str, Tensor]]] = field(default_factory=dict)
+
+    @classmethod
+    def load(cls, directory: Path) -> Ledger:
+        """The ledger of a run directory.
+
+        Raises:
+            PersonaError: none is there, or it cannot be read.
+        """
+        path = directory / PENDING
+        try:
+            data = json.loads(path.read_text(encoding="utf-8"))
+            if data["format"] != _FORMAT:
+                raise ValueError(f"format {data['format']}")
+            origin = data["origin"]
+            return cls(
+                directory=directory,
+                origin=None
+                if origin is None
+                else Origin(
+                    argv=tuple(map(str, origin["argv"])),
+                    cwd=str(origin["cwd"]),
+                    subject=dict(origin["subject"]),
+                ),
+                host=str(data["host"]),
+                server=dict(data["server"]),
+                jobs={job["key"]: Job(**job) for job in data["jobs"]},
+            )
+        except FileNotFoundError:
+            raise PersonaError(
+                f"{str(directory)!r} holds no jobs; name the directory of a run that was started "
+                "with --backend ndif and is not finished."
+            ) from None
+        except OSError as error:
+            raise PersonaError(f"{str(path)!r} cannot be read ({error.strerror}).") from error
+        except (ValueError, KeyError, TypeError, AttributeError) as error:
+            raise PersonaError(
+                f"{str(path)!r} is damaged or of another version of persona ({error}); its jobs "
+                "cannot be collected. Remove the directory and start the run again."
+            ) from error
+
+    def expect(self, keys: Iterable[tuple[str, int]]) -> list[Job]:
+        """The jobs with these (key, cells), made where they are new."""
+        return [self.jobs.setdefault(key, Job(key, cells)) for key, cells in keys]
+
+    def save(self) -> None:
+        """Write ``pending.json``; the directory is made with the first job that is sent.
+
+        Raises:
+            PersonaError: it cannot be written.
+        """
+        if self.directory is None:
+            return
+        data = {
+            "format": _FORMAT,
+            "host": self.host,
+            "origin": None if self.origin is None else asdict(self.origin),
+            "server": self.server,
+            "jobs": [asdict(job) for job in self.jobs.values()],
+        }
+        try:
+            self.directory.mkdir(parents=True, exist_ok=True)
+            _replace(self.directory / PENDING, json.dumps(data, indent=1, ensure_ascii=False))
+        except OSError as error:
+            raise self._unwritable(error) from error
+
+    def keep(self, job: Job, events: str, tensors: dict[str, Tensor]) -> None:
+        """Keep what a job returned.
+
+        Raises:
+            PersonaError: it cannot be written.
+        """
+        if self.directory is None:
+            self._results[job.key] = events, tensors
+            return
+        path = self._part(job)
+        partial = path.with_suffix(".partial")
+        try:
+            path.parent.mkdir(parents=True, exist_ok=True)
+            save_file(tensors, partial, metadata={"events": events})
+            with open(partial, "rb") as file:
+                os.fsync(file.fileno())
+            os.replace(partial, path)
+        except (OSError, SafetensorError) as error:
+            partial.unlink(missing_ok=True)
+            raise self._unwritable(error) from error
+
+    def result(self, job: Job) -> tuple[str, dict[str, Tensor]] | None:
+        """What a job returned; None where it is not here, whole."""
+        if self.directory is None:
+            return self._results.get(job.key)
+        try:
+            with safe_open(self._part(job), framework="pt") as file:
+                events = (file.metadata() or {})["events"]
+                return events, {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
+        except (OSError, SafetensorError, KeyError):
+            return None
+
+    def discard(self) -> None:
+        """Remove the ledger, and the directory if nothing else is in it."""
+        if self.directory is None:
+            return
+        (self.directory / PENDING).unlink(missing_ok=True)
+        shutil.rmtree(self.directory / PARTS, ignore_errors=True)
+        with suppress(OSError):  # it was there before, or holds something
+            self.directory.rmdir()
+
+    def record(self) -> dict[str, Any]:
+        """The jobs for ``run.json``."""
+        jobs = list(self.jobs.values())
+        return {
+            "host": self.host,
+            "server": self.server,
+            "bytes_up": sum(job.bytes_up for job in jobs),
+            "bytes_down": sum(job.bytes_down for job in jobs),
+            "jobs": [asdict(job) for job in jobs],
+        }
+
+    def _part(self, job: Job) -> Path:
+        assert self.directory is not None
+        return self.directory / PARTS / f"{job.key}.safetensors"
+
+    def _unwritable(self, error: Exception) -> PersonaError:
+        reason = error.strerror if isinstance(error, OSError) else error
+        ids = ", ".join(job.id for job in self.jobs.values() if job.id and job.state == SENT)
+        lost = f" The server still has the jobs {ids}." if ids else ""
+        return PersonaError(
+            f"The run's jobs cannot be recorded in {str(self.directory)!r} ({reason}); make room "
+            f"or choose another --out.{lost}"
+        )
+
+
+def _replace(path: Path, text: str) -> None:
+    """Write a file so that it is either the old or the new one, whatever happens."""
+    partial = path.with_name(f".{path.name}.partial")
+    with open(partial, "w", encoding="utf-8") as file:
+        file.write(text + "\n")
+        file.flush()
+        os.fsync(file.fileno())
+    os.replace(partial, path)

@@ -1,0 +1,330 @@
+"""An NDIF server over HTTP: what it runs, sending a job, asking after it, fetching its result.
+
+The answers are checked here. What can be tried again is tried again with growing pauses; what
+cannot is one sentence. The API key goes to the server in a header and nowhere else.
+"""
+
+from __future__ import annotations
+
+import io
+import ipaddress
+import json
+import sys
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+from importlib.metadata import version
+from typing import Any, TypeVar
+from urllib.parse import urlsplit
+
+import httpx
+import torch
+import zstandard
+
+from persona_nnsight.errors import PersonaError
+
+T = TypeVar("T")
+
+#: Seconds between attempts while a server does not answer: doubled each time, up to the second.
+_PAUSES = (0.5, 15.0)
+_TIMEOUT = httpx.Timeout(10.0, read=60.0, write=120.0)
+
+
+class NoAnswerError(Exception):
+    """Nothing, or nothing useful, came back; the same request may succeed later."""
+
+
+class JobLostError(Exception):
+    """The server no longer knows the job, or no longer has its result."""
+
+
+@dataclass(frozen=True)
+class Answer:
+    """What the server says of a job.
+
+    Attributes:
+        status: RECEIVED, QUEUED, PROVISIONING, DEPLOYING, DISPATCHED, RUNNING, COMPLETED or ERROR.
+        description: the server's own words, such as a place in the queue, or a traceback.
+        url: where the result is, once it is COMPLETED.
+        runtime: seconds that the job ran, as the server measured them.
+    """
+
+    status: str
+    description: str
+    url: str | None
+    runtime: float | None
+
+
+class Server:
+    """One NDIF server.
+
+    Args:
+        host: its URL; None takes nnsight's configuration (``NDIF_HOST``, or its own default).
+        insecure: allow plain http to other machines, where anybody on the way can read the key and
+            the results.
+        patience: seconds for which a server that stops answering is asked again.
+
+    Raises:
+        PersonaError: a URL that is none, or one that is not safe.
+    """
+
+    def __init__(
+        self, host: str | None = None, *, insecure: bool = False, patience: float = 300.0
+    ) -> None:
+        from nnsight import CONFIG
+
+        self.host = (host or CONFIG.API.HOST).rstrip("/")
+        self.insecure = insecure
+        self.patience = patience
+        self._key: str = CONFIG.API.APIKEY or ""
+        self._check_url(self.host, "The NDIF host")
+        # A proxy has no business between this machine and itself.
+        self._http = httpx.Client(timeout=_TIMEOUT, trust_env=not is_loopback(self.host))
+
+    @property
+    def has_key(self) -> bool:
+        """Whether an API key is configured (``NDIF_API_KEY``, or nnsight's configuration)."""
+        return bool(self._key)
+
+    def _check_url(self, url: str, what: str) -> None:
+        try:
+            parts = urlsplit(url)
+            whole = parts.scheme in ("http", "https") and bool(parts.hostname)
+        except ValueError:
+            whole = False
+        if not whole:
+            raise PersonaError(
+                f"{what} {url!r} is not a URL; write it like https://ndif.example.org or "
+                "http://127.0.0.1:8001."
+            )
+        if parts.scheme == "http" and not is_loopback(url) and not self.insecure:
+            raise PersonaError(
+                f"{what} {parts.scheme}://{parts.netloc} is plain http to another machine, where "
+                "everybody on the way can read the API key and change the results; use https, or "
+                "--insecure if the network is your own."
+            )
+
+    # -- what the server is ----------------------------------------------------------------------
+
+    def connected(self) -> bool:
+        """Whether the server answers and has its compute behind it.
+
+        Raises:
+            NoAnswerError: it does not answer at all.
+        """
+        return self._get("/connected").status_code == 200
+
+    def environment(self) -> dict[str, Any]:
+        """Its ``python_version`` and installed ``packages``.
+
+        Raises:
+            PersonaError: not an NDIF server.
+            NoAnswerError: it does not answer now.
+        """
+        answer = self._get("/env")
+        if answer.status_code in (502, 503, 504):
+            raise NoAnswerError(self._detail(answer))
+        try:
+            data: dict[str, Any] = answer.json()
+            if answer.status_code != 200 or not isinstance(data["packages"], dict):
+                raise ValueError
+        except (ValueError, KeyError, TypeError) as error:
+            raise PersonaError(
+                f"{self.host} does not say which versions it runs (/env: HTTP "
+                f"{answer.status_code}), so it is no NDIF server of this generation; check the "
+                "address."
+            ) from error
+        return data
+
+    def deployments(self) -> dict[str, list[str]]:
+        """The states of the replicas (RUNNING, DEPLOYING, ...) by model key.
+
+        Raises:
+            NoAnswerError: it does not answer now.
+        """
+        answer = self._get("/status")
+        try:
+            found = answer.json()["deployments"]
+            states: dict[str, list[str]] = {}
+            for name, replica in found.items():
+                key = replica.get("model_key") or name
+                states.setdefault(key, []).append(str(replica.get("application_state")))
+            return states
+        except (ValueError, KeyError, TypeError, AttributeError) as error:
+            raise NoAnswerError(self._detail(answer)) from error
+
+    def identity(self) -> str | None:
+        """Whom the server takes the API key to belong to; None where it does not say."""
+        try:
+            email = self._get("/whoami").json().get("email")
+        except (ValueError, AttributeError):
+            return None
+        return None if email is None else str(email)
+
+    # -- jobs ------------------------------------------------------------------------------------
+
+    def submit(self, model_key: str, env: dict[str, Any], blob: bytes) -> str:
+        """Send a job and return its id.
+
+        Args:
+            model_key: nnsight's name for the model.
+            env: what nnsight asks the server to set on it (the attention implementation).
+            blob: the serialised block.
+
+        Raises:
+            PersonaError: the server refuses the job or the key.
+            NoAnswerError: it could not be sent.
+        """
+        envelope = {"model_key": model_key, "session_id": "", "compress": True, "env": env}
+        headers = {
+            "ndif-timestamp": repr(time.time()),
+            "nnsight-version": version("nnsight"),
+            "python-version": sys.version,
+        }
+        answer = self._request(
+            "POST",
+            "/request",
+            data={"data": json.dumps(envelope)},
+            files={"blob": ("request", blob, "application/octet-stream")},
+            headers=headers,
+        )
+        if answer.status_code in (401, 403) or (
+            answer.status_code == 400 and "key" in self._detail(answer).lower()
+        ):
+            advice = (
+                "check NDIF_API_KEY" if self.has_key else "set one in the environment: NDIF_API_KEY"
+            )
+            what = "this API key" if self.has_key else "work without an API key"
+            raise PersonaError(f"{self.host} refuses {what} ({self._detail(answer)}); {advice}.")
+        if answer.status_code >= 500 or answer.status_code == 429:
+            raise NoAnswerError(self._detail(answer))
+        try:
+            if answer.status_code != 200:
+                raise ValueError
+            return str(answer.json()["id"])
+        except (ValueError, KeyError, TypeError) as error:
+            raise PersonaError(
+                f"{self.host} refuses the job (HTTP {answer.status_code}: {self._detail(answer)}); "
+                "`persona doctor --backend ndif` compares this machine and the server."
+            ) from error
+
+    def ask(self, job: str) -> Answer | None:
+        """The last word on a job; None while the server knows nothing of it.
+
+        Raises:
+            NoAnswerError: no answer, or one that cannot be read.
+        """
+        answer = self._get(f"/response/{job}")
+        if answer.status_code == 404:
+            return None
+        try:
+            if answer.status_code != 200:
+                raise ValueError
+            data = answer.json()
+            meta = data.get("meta") or {}
+            runtime = meta.get("runtime")
+            return Answer(
+                status=str(data["status"]),
+                description=self._scrubbed(str(data.get("description") or "")),
+                url=data.get("data"),
+                runtime=None if runtime is None else float(runtime),
+            )
+        except (ValueError, KeyError, TypeError, AttributeError) as error:
+            raise NoAnswerError(self._detail(answer)) from error
+
+    def fetch(self, url: str | None) -> tuple[dict[str, Any], int]:
+        """The result at a URL that the server named, and its size in bytes.
+
+        It is read as tensors, numbers and text, never as objects, so a server cannot make this
+        process run anything.
+
+        Raises:
+            PersonaError: what came back is not the result of a job of ours.
+            JobLostError: it is no longer there.
+            NoAnswerError: it could not be fetched.
+        """
+        if not isinstance(url, str):
+            raise JobLostError("the server names no place for its result")
+        self._check_url(url, "The result's address")
+        try:
+            with httpx.Client(timeout=_TIMEOUT, trust_env=not is_loopback(url)) as client:
+                answer = client.get(url)
+        except httpx.HTTPError as error:
+            raise NoAnswerError(f"the result's store: {error or type(error).__name__}") from error
+        if 400 <= answer.status_code < 500:
+            raise JobLostError(f"its result cannot be fetched any more (HTTP {answer.status_code})")
+        if answer.status_code != 200:
+            raise NoAnswerError(f"the result's store: HTTP {answer.status_code}")
+        try:
+            content = zstandard.ZstdDecompressor().decompress(answer.content)
+            saved = torch.load(io.BytesIO(content), map_location="cpu", weights_only=True)
+            result: dict[str, Any] = saved["answer"]
+            if not {"events", "tensors", "facts"} <= result.keys():
+                raise ValueError("other contents")
+        except Exception as error:  # whatever was sent in its place
+            raise PersonaError(
+                f"The result that {self.host} sent cannot be read as tensors and numbers "
+                f"({type(error).__name__}); nothing of it was used."
+            ) from error
+        return result, len(answer.content)
+
+    # -- patience --------------------------------------------------------------------------------
+
+    def patiently(self, call: Callable[[], T], waiting: Callable[[str], None]) -> T:
+        """`call` again, with growing pauses, while the server does not answer.
+
+        Args:
+            call: one of the methods above.
+            waiting: told why there is a pause, before each.
+
+        Raises:
+            PersonaError: nothing came for `patience` seconds.
+        """
+        pause, started = _PAUSES[0], time.monotonic()
+        while True:
+            try:
+                return call()
+            except NoAnswerError as error:
+                left = started + self.patience - time.monotonic()
+                if left <= 0:
+                    raise PersonaError(
+                        f"{self.host} does not answer ({error}); check the address, and "
+                        "`persona doctor --backend ndif`."
+                    ) from error
+                waiting(f"no answer, trying again ({error})")
+                time.sleep(min(pause, max(left, 0.05)))
+                pause = min(2 * pause, _PAUSES[1])
+
+    def _get(self, path: str) -> httpx.Response:
+        return self._request("GET", path)
+
+    def _request(self, method: str, path: str, **arguments: Any) -> httpx.Response:
+        headers = arguments.pop("headers", {})
+        if self._key:
+            headers["ndif-api-key"] = self._key
+        try:
+            return self._http.request(method, f"{self.host}{path}", headers=headers, **arguments)
+        except (httpx.HTTPError, httpx.InvalidURL) as error:
+            raise NoAnswerError(self._scrubbed(str(error) or type(error).__name__)) from error
+
+    def _detail(self, answer: httpx.Response) -> str:
+        """The server's own explanation, on one line and without the key that it may repeat."""
+        try:
+            data = answer.json()
+            text = str(data["detail"] if isinstance(data, dict) and "detail" in data else data)
+        except ValueError:
+            text = answer.text
+        text = " ".join(self._scrubbed(text).split())
+        return f"{text[:297]}..." if len(text) > 300 else text or f"HTTP {answer.status_code}"
+
+    def _scrubbed(self, text: str) -> str:
+        return text.replace(self._key, "***") if self._key else text
+
+
+def is_loopback(url: str) -> bool:
+    """Whether a URL names this machine itself."""
+    name = urlsplit(url).hostname or ""
+    try:
+        return ipaddress.ip_address(name).is_loopback
+    except ValueError:
+        return name == "localhost" or name.endswith(".localhost")
