@@ -6,11 +6,12 @@ import os
 
 os.environ["HF_HUB_OFFLINE"] = "1"  # before huggingface_hub is imported: it reads it then
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from functools import cache
 from pathlib import Path
 
 import pytest
+from ndif_server import NdifServer
 from persona_cli.app import main
 from reference import Reference
 from tiny import make_model_dir
@@ -88,3 +89,22 @@ def persona(
         return Outcome(int(stopped.value.code or 0), streams.out, streams.err)
 
     return command
+
+
+@pytest.fixture(scope="session")
+def running_ndif(tmp_path_factory: pytest.TempPathFactory) -> Iterator[NdifServer]:
+    """A real NDIF server; started once, and stopped whatever happens."""
+    server = NdifServer(state=tmp_path_factory.mktemp("ndif-server"))
+    try:
+        server.up()
+        yield server
+    finally:
+        server.down()
+
+
+@pytest.fixture
+def ndif(running_ndif: NdifServer, monkeypatch: pytest.MonkeyPatch) -> NdifServer:
+    """The server, as what `--backend ndif` finds without being told."""
+    monkeypatch.setattr("nnsight.CONFIG.API.HOST", running_ndif.url)
+    monkeypatch.setattr("nnsight.CONFIG.API.APIKEY", None)
+    return running_ndif

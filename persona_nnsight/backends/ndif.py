@@ -37,6 +37,8 @@ _LOOKS = (0.3, 5.0)
 _SILENCE = 30.0
 #: After as many seconds of silence a queued job is given up, whatever the server says of the model.
 _GIVE_UP = 900.0
+#: A server that does not answer at all is given up after so many seconds while nothing was sent.
+_FIRST_PATIENCE = 15.0
 #: A job is sent at most so often.
 _ATTEMPTS = 3
 
@@ -190,7 +192,9 @@ class NdifBackend:
                 "try again later."
             )
         if not self._checked:
-            environment = self.server.patiently(self.server.environment, self.notify)
+            environment = self.server.patiently(
+                self.server.environment, self.notify, _FIRST_PATIENCE
+            )
             require_same_nnsight(environment, self.server.host)
             self._checked = True
         envelope = Envelope()

@@ -19,20 +19,26 @@ def pack(events: Iterable[Event]) -> tuple[str, dict[str, Tensor]]:
     recorded: list[dict[str, object]] = []
     scored, written = [], []
     tensors: dict[str, Tensor] = {}
+
+    def put(kind: str, values: dict[str, Tensor] | None) -> list[str] | None:
+        """Store tensors, and return their names in their order, which a store need not keep."""
+        if values is None:
+            return None
+        for name, value in values.items():
+            tensors[_stored(len(recorded), kind, name)] = value.contiguous()
+        return list(values)
+
     for event in events:
         match event:
             case Recorded():
-                number = len(recorded)
                 recorded.append(
                     {
                         "cells": event.cells,
                         "continuations": event.continuations,
-                        "residuals": event.residuals is not None,
+                        "geometry": put("geometry", event.geometry),
+                        "residuals": put("residuals", event.residuals),
                     }
                 )
-                for kind in ("geometry", "residuals"):
-                    for name, value in (getattr(event, kind) or {}).items():
-                        tensors[f"{number}.{kind}.{name}"] = value.contiguous()
             case Scored():
                 scored.append((event.cell, event.edit, event.kl, event.n_tokens))
             case Written():
@@ -45,17 +51,18 @@ def unpack(text: str, tensors: dict[str, Tensor], first_cell: int = 0) -> list[E
     data = json.loads(text)
     events: list[Event] = []
     for number, part in enumerate(data["recorded"]):
-        found: dict[str, dict[str, Tensor]] = {"geometry": {}, "residuals": {}}
-        for key, value in tensors.items():
-            place, kind, name = key.split(".", 2)
-            if int(place) == number:
-                found[kind][name] = value
+        found = {
+            kind: None
+            if part[kind] is None
+            else {name: tensors[_stored(number, kind, name)] for name in part[kind]}
+            for kind in ("geometry", "residuals")
+        }
         events.append(
             Recorded(
                 cells=tuple(cell + first_cell for cell in part["cells"]),
                 continuations=tuple(map(tuple, part["continuations"])),
-                geometry=found["geometry"],
-                residuals=found["residuals"] if part["residuals"] else None,
+                geometry=found["geometry"] or {},
+                residuals=found["residuals"],
             )
         )
     events += [Scored(cell + first_cell, *rest) for cell, *rest in data["scored"]]
@@ -63,3 +70,7 @@ def unpack(text: str, tensors: dict[str, Tensor], first_cell: int = 0) -> list[E
         Written(cell + first_cell, edit, tuple(tokens)) for cell, edit, tokens in data["written"]
     ]
     return events
+
+
+def _stored(number: int, kind: str, name: str) -> str:
+    return f"{number}.{kind}.{name}"

@@ -270,22 +270,26 @@ class Server:
 
     # -- patience --------------------------------------------------------------------------------
 
-    def patiently(self, call: Callable[[], T], waiting: Callable[[str], None]) -> T:
+    def patiently(
+        self, call: Callable[[], T], waiting: Callable[[str], None], patience: float | None = None
+    ) -> T:
         """`call` again, with growing pauses, while the server does not answer.
 
         Args:
             call: one of the methods above.
             waiting: told why there is a pause, before each.
+            patience: in seconds, in place of the server's own.
 
         Raises:
-            PersonaError: nothing came for `patience` seconds.
+            PersonaError: nothing came for so long.
         """
         pause, started = _PAUSES[0], time.monotonic()
+        limit = self.patience if patience is None else min(patience, self.patience)
         while True:
             try:
                 return call()
             except NoAnswerError as error:
-                left = started + self.patience - time.monotonic()
+                left = started + limit - time.monotonic()
                 if left <= 0:
                     raise PersonaError(
                         f"{self.host} does not answer ({error}); check the address, and "
