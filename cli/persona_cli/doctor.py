@@ -137,10 +137,15 @@ def _server(server: Server, spec: str, revision: str | None) -> list[Finding]:
 
 
 def _key(server: Server) -> Finding:
+    from persona_nnsight.backends.server import NoAnswerError
+
     if not server.has_key:
         text = "none is set (NDIF_API_KEY); a server that asks for one will refuse work"
         return Finding("API key", "note", text)
-    owner = server.identity()
+    try:
+        owner = server.identity()
+    except NoAnswerError:
+        owner = None
     known = f"is set and belongs to {owner}" if owner else "is set; the server names no owner"
     return Finding("API key", "ok" if owner else "note", known)
 

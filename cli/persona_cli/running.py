@@ -219,6 +219,7 @@ def progress_bar(
         TextColumn("left"),
         console=notes,
         transient=True,
+        disable=not notes.is_terminal,  # else an empty line is all that is left of it
     )
     with bar:
         task = bar.add_task(command, total=None)

@@ -7,7 +7,9 @@ knows where it is done. The modules here:
 * `simulate`: nnsight's rehearsal of a remote run, in this process.
 * `ndif`: the function is sent to an NDIF server, a part of the plan at a time.
 * `block`, `shipping`, `there`, `job`, `packing`: what travels there and what comes back.
-* `server`: the server's HTTP interface. `ledger`: which jobs there are, on disk.
+* `courier`: sends jobs, follows them, takes their results. `server`: the server's HTTP interface.
+* `ledger`: which jobs there are, on disk. `versions`: whether client and server understand each
+  other.
 """
 
 from __future__ import annotations

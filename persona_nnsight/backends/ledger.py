@@ -29,7 +29,7 @@ from persona_nnsight.runs import PARTS, PENDING
 _FORMAT = 1
 
 #: States of a job: not sent; with the server; its result is here; ended by an error.
-WAITING, SENT, DONE, FAILED = "waiting", "sent", "done", "failed"
+WAITING, SENT, DONE, FAILED = STATES = "waiting", "sent", "done", "failed"
 
 
 @dataclass
@@ -124,7 +124,7 @@ class Ledger:
                 ),
                 host=str(data["host"]),
                 server=dict(data["server"]),
-                jobs={job["key"]: Job(**job) for job in data["jobs"]},
+                jobs={job["key"]: _job(job) for job in data["jobs"]},
             )
         except FileNotFoundError:
             raise PersonaError(
@@ -228,6 +228,13 @@ class Ledger:
             f"The run's jobs cannot be recorded in {str(self.directory)!r} ({reason}); make room "
             f"or choose another --out.{lost}"
         )
+
+
+def _job(data: dict[str, Any]) -> Job:
+    job = Job(**data)
+    if job.state not in STATES or (job.state == SENT and job.id is None):
+        raise ValueError(f"a job is {job.state!r}")
+    return job
 
 
 def _replace(path: Path, text: str) -> None:

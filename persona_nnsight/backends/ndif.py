@@ -6,18 +6,17 @@ import hashlib
 import json
 import time
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from importlib.metadata import version
 from typing import Any
 
 from nnsight.util import to_import_path
 
 from persona_nnsight.backends import Detached, EngineFunction
-from persona_nnsight.backends.block import Envelope, run_block
-from persona_nnsight.backends.ledger import DONE, FAILED, SENT, WAITING, Job, Ledger
+from persona_nnsight.backends.courier import Courier, Part
+from persona_nnsight.backends.ledger import DONE, FAILED, SENT, WAITING, Ledger
 from persona_nnsight.backends.packing import unpack
-from persona_nnsight.backends.server import Answer, JobLostError, Server, is_loopback
-from persona_nnsight.backends.versions import require_same_nnsight
+from persona_nnsight.backends.server import Server, is_loopback
 from persona_nnsight.costs import Limits, estimate, fit_limits
 from persona_nnsight.engine import Event
 from persona_nnsight.errors import PersonaError
@@ -31,29 +30,8 @@ _JOB_TOKENS = 60_000
 _MOST_CELLS = 16
 #: Jobs that are with the server at a time: enough for several replicas, and no more than is polite.
 _AHEAD = 4
-#: Seconds between two looks at a job: from the first to the second, longer while nothing happens.
+#: Seconds between two looks at the jobs: at first and after news, and at most.
 _LOOKS = (0.3, 5.0)
-#: A job of which the server has said nothing new for so many seconds may be lost.
-_SILENCE = 30.0
-#: After as many seconds of silence a queued job is given up, whatever the server says of the model.
-_GIVE_UP = 900.0
-#: A server that does not answer at all is given up after so many seconds while nothing was sent.
-_FIRST_PATIENCE = 15.0
-#: A job is sent at most so often.
-_ATTEMPTS = 3
-
-#: The server's own troubles, which another attempt may not meet.
-_PASSING = ("Critical server error", "Error provisioning model", "Error starting model")
-
-
-@dataclass
-class _Part:
-    """A job and the cells it stands for."""
-
-    job: Job
-    first_cell: int
-    plan: Plan
-    last_news: float = 0.0
 
 
 class NdifBackend:
@@ -89,7 +67,15 @@ class NdifBackend:
         self.detach = detach
         self.notify = notify or (lambda _: None)
         self.model_key = model_key(model, server.host)
-        self._checked = False
+        self._courier = Courier(
+            model.lm,
+            model_id=model.weights.model_id,
+            model_key=self.model_key,
+            server=server,
+            dtype=dtype,
+            ledger=self.ledger,
+            notify=self.notify,
+        )
 
     def limits(self, plan: Plan) -> Limits:
         """As many cells as make a job; batches within it are cut on the server."""
@@ -121,14 +107,14 @@ class NdifBackend:
                 self.ledger.discard()
             raise
 
-    def _parts(self, function: EngineFunction, plan: Plan, cells: int) -> list[_Part]:
+    def _parts(self, function: EngineFunction, plan: Plan, cells: int) -> list[Part]:
         starts = range(0, len(plan.cells), cells)
         plans = [
             part_of(plan, range(start, min(start + cells, len(plan.cells)))) for start in starts
         ]
         wanted = [(self._key(function, part), len(part.cells)) for part in plans]
         jobs = self.ledger.expect(wanted)
-        return [_Part(*found) for found in zip(jobs, starts, plans, strict=True)]
+        return [Part(*found) for found in zip(jobs, starts, plans, strict=True)]
 
     def _key(self, function: EngineFunction, plan: Plan) -> str:
         """A digest of everything that the numbers of a job depend on."""
@@ -142,7 +128,7 @@ class NdifBackend:
         }
         return hashlib.sha256(json.dumps(described, sort_keys=True).encode()).hexdigest()[:32]
 
-    def _collect(self, parts: Sequence[_Part], function: EngineFunction) -> Iterator[Event]:
+    def _collect(self, parts: Sequence[Part], function: EngineFunction) -> Iterator[Event]:
         missing = []
         for part in parts:
             if part.job.state == DONE and (events := self._events(part)) is not None:
@@ -151,18 +137,16 @@ class NdifBackend:
                 if part.job.state in (DONE, FAILED):
                     part.job.state, part.job.id = WAITING, None
                 missing.append(part)
-        look = _LOOKS[0]
+        pause = _LOOKS[0]
         while missing:
-            ahead = len(missing) if self.detach else _AHEAD
+            at_once = missing if self.detach else missing[:_AHEAD]
             news = False
-            for part in missing[:ahead]:
+            for part in at_once:
                 if part.job.state == WAITING:
-                    self._send(part, function)
+                    self._courier.send(part, function)
                     news = True
-            for part in [part for part in missing[:ahead] if part.job.state == SENT]:
-                before = (part.job.status, part.job.description)
-                self._look(part, parts)
-                news = news or before != (part.job.status, part.job.description)
+            for part in list(at_once):
+                news = self._courier.look(part, parts) or news
                 if part.job.state == DONE:
                     missing.remove(part)
                     events = self._events(part)
@@ -172,149 +156,18 @@ class NdifBackend:
             if missing and self.detach and all(part.job.state == SENT for part in missing):
                 raise Detached(self.server.host)
             if missing:
-                look = _LOOKS[0] if news else min(1.5 * look, _LOOKS[1])
-                time.sleep(look)
+                pause = _LOOKS[0] if news else min(1.5 * pause, _LOOKS[1])
+                time.sleep(pause)
 
-    def _events(self, part: _Part) -> list[Event] | None:
+    def _events(self, part: Part) -> list[Event] | None:
+        """What a job returned; None where it is not here, whole."""
         found = self.ledger.result(part.job)
-        return None if found is None else unpack(*found, part.first_cell)
-
-    def _send(self, part: _Part, function: EngineFunction) -> None:
-        """Give a job to the server.
-
-        Raises:
-            PersonaError: the server refuses it, cannot understand it, or does not answer.
-        """
-        job = part.job
-        if job.attempts >= _ATTEMPTS:
-            raise PersonaError(
-                f"{self.server.host} lost a job {job.attempts} times (last: {job.description}); "
-                "try again later."
-            )
-        if not self._checked:
-            environment = self.server.patiently(
-                self.server.environment, self.notify, _FIRST_PATIENCE
-            )
-            require_same_nnsight(environment, self.server.host)
-            self._checked = True
-        envelope = Envelope()
-        run_block(self.model.lm, function, part.plan, self.dtype, envelope)
-        env = self.model.lm._remoteable_get_env()
-
-        def submit() -> str:
-            return self.server.submit(self.model_key, env, envelope.blob)
-
-        job.id = self.server.patiently(submit, self.notify)
-        job.state, job.status, job.description = SENT, "RECEIVED", ""
-        job.attempts += 1
-        job.sent, job.bytes_up = time.time(), len(envelope.blob)
-        part.last_news = time.monotonic()
-        self.ledger.save()
-
-    def _look(self, part: _Part, parts: Sequence[_Part]) -> None:
-        """Ask after a job, and take its result if it is done.
-
-        Raises:
-            PersonaError: it failed, its result cannot be read, or the server does not answer.
-        """
-        job = part.job
-        assert job.id is not None
-        identity = job.id
-        answer = self.server.patiently(lambda: self.server.ask(identity), self.notify)
-        part.last_news = part.last_news or time.monotonic()
-        if answer is not None and (answer.status, answer.description) != (
-            job.status,
-            job.description,
-        ):
-            job.status, job.description = answer.status, answer.description
-            part.last_news = time.monotonic()
-            self.ledger.save()
-        if answer is not None and answer.status == "COMPLETED":
-            self._take(part, answer)
-        elif answer is not None and answer.status == "ERROR":
-            self._fail(part, answer)
-        elif reason := self._lost(part, parts, known=answer is not None):
-            self._again(part, reason)
-
-    def _take(self, part: _Part, answer: Answer) -> None:
-        job = part.job
         try:
-            result, size = self.server.patiently(lambda: self.server.fetch(answer.url), self.notify)
-        except JobLostError as error:
-            self._again(part, str(error))
-            return
-        facts = result["facts"]
-        self.ledger.keep(job, result["events"], result["tensors"])
-        self.ledger.server = {
-            name: facts[name] for name in ("dtype", "device", "attention", "versions")
-        }
-        job.state, job.bytes_down = DONE, size
-        job.started, job.ended = facts["started"], facts["started"] + facts["seconds"]
-        job.run_seconds = facts["seconds"] if answer.runtime is None else answer.runtime
-        if job.sent is not None:
-            job.queue_seconds = max(0.0, round(job.started - job.sent, 3))
-        self.ledger.save()
+            return None if found is None else unpack(*found, part.first_cell)
+        except (ValueError, KeyError, TypeError):
+            return None  # a file that was changed by hand
 
-    def _fail(self, part: _Part, answer: Answer) -> None:
-        job = part.job
-        words = answer.description
-        if any(passing in words for passing in _PASSING):
-            self.notify(_one_line(words))
-            time.sleep(_LOOKS[1])
-            self._again(part, words)
-            return
-        if words.startswith("Could not deploy this model"):
-            job.state, job.id = WAITING, None
-            raise PersonaError(
-                f"{self.server.host} cannot serve {self.model.weights.model_id!r} "
-                f"({_one_line(words)}); `persona doctor --backend ndif --model ...` says which "
-                "models it has."
-            )
-        job.state = FAILED
-        self.ledger.save()
-        lines = [line for line in words.strip().splitlines() if line.strip()] or ["no reason given"]
-        kind, _, message = lines[-1].partition(": ")
-        if kind.rpartition(".")[2] == PersonaError.__name__:
-            raise PersonaError(message)
-        kept = self.ledger.directory
-        where = "" if kept is None else f"; `persona jobs {kept}` shows what the server said"
-        raise PersonaError(
-            f"A job of {job.cells} cells failed on {self.server.host} ({_one_line(lines[-1])})"
-            f"{where}."
-        )
-
-    def _lost(self, part: _Part, parts: Sequence[_Part], *, known: bool) -> str | None:
-        """Why the server is not going to finish a job, if that is so.
-
-        A server that was restarted knows nothing of the jobs it had, and the last thing it said of
-        them stays where it was written.
-        """
-        silence = time.monotonic() - part.last_news
-        if silence < _SILENCE:
-            return None
-        if not known:
-            return "the server knows nothing of it"
-        job = part.job
-        states = self.server.patiently(self.server.deployments, self.notify)
-        part.last_news = max(part.last_news, time.monotonic() - 2 * _SILENCE)
-        if not states.get(self.model_key):
-            return "the server has been restarted since, or has dropped the model"
-        overtaken = any(
-            other.job.state == DONE and (other.job.sent or 0) > (job.sent or 0) for other in parts
-        )
-        # Jobs of one model are taken in the order in which they came.
-        if job.status != "RUNNING" and (overtaken or silence > _GIVE_UP):
-            return "the server no longer works on it"
-        return None
-
-    def _again(self, part: _Part, reason: str) -> None:
-        """Have a job sent anew; whatever becomes of the old one, its result is not taken."""
-        job = part.job
-        job.state, job.id, job.status = WAITING, None, ""
-        job.description = _one_line(reason)
-        self.ledger.save()
-
-    def _in_words(self, parts: Sequence[_Part]) -> str:
+    def _in_words(self, parts: Sequence[Part]) -> str:
         """How the jobs are: ``1 of 4 jobs done, 1 running, 2 queued (position 3)``."""
         jobs = [part.job for part in parts]
         done = sum(job.state == DONE for job in jobs)
@@ -325,7 +178,7 @@ class NdifBackend:
         if running:
             words.append(f"{running} running")
         if queued:
-            place = _one_line(queued[0].description).rstrip(".") or queued[0].status.lower()
+            place = " ".join(queued[0].description.split()).rstrip(".") or "queued"
             words.append(f"{len(queued)} waiting ({place})")
         return ", ".join(words)
 
@@ -348,8 +201,3 @@ def model_key(model: Model, host: str) -> str:
         "task": "text-generation",
     }
     return f"{to_import_path(type(model.lm))}:{json.dumps(checkpoint)}"
-
-
-def _one_line(text: str) -> str:
-    line = " ".join(text.split())
-    return line if len(line) <= 300 else f"{line[:297]}..."

@@ -76,7 +76,12 @@ class Server:
         self.host = (host or CONFIG.API.HOST).rstrip("/")
         self.insecure = insecure
         self.patience = patience
-        self._key: str = CONFIG.API.APIKEY or ""
+        self._key = (CONFIG.API.APIKEY or "").strip()
+        if not (self._key.isascii() and self._key.isprintable()):
+            raise PersonaError(
+                "The API key has characters that no key has (it is not shown here); set "
+                "NDIF_API_KEY anew."
+            )
         self._check_url(self.host, "The NDIF host")
         # A proxy has no business between this machine and itself.
         self._http = httpx.Client(timeout=_TIMEOUT, trust_env=not is_loopback(self.host))
@@ -90,7 +95,9 @@ class Server:
         try:
             parts = urlsplit(url)
             whole = parts.scheme in ("http", "https") and bool(parts.hostname)
-        except ValueError:
+            whole = whole and (parts.port is None or parts.port > 0) and bool(httpx.URL(url).host)
+            whole = whole and not any(letter.isspace() for letter in url)
+        except (ValueError, httpx.InvalidURL):
             whole = False
         if not whole:
             raise PersonaError(
@@ -247,8 +254,7 @@ class Server:
             raise JobLostError("the server names no place for its result")
         self._check_url(url, "The result's address")
         try:
-            with httpx.Client(timeout=_TIMEOUT, trust_env=not is_loopback(url)) as client:
-                answer = client.get(url)
+            answer = self._http.get(url)  # without the key, which is not for the store
         except httpx.HTTPError as error:
             raise NoAnswerError(f"the result's store: {error or type(error).__name__}") from error
         if 400 <= answer.status_code < 500:

@@ -1,0 +1,266 @@
+"""Takes jobs to an NDIF server and brings back what they return; one job's life, step by step."""
+
+from __future__ import annotations
+
+import math
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from persona_nnsight.backends import EngineFunction
+from persona_nnsight.backends.block import Envelope, run_block
+from persona_nnsight.backends.ledger import DONE, FAILED, SENT, WAITING, Job, Ledger
+from persona_nnsight.backends.packing import unpack
+from persona_nnsight.backends.server import Answer, JobLostError, Server
+from persona_nnsight.backends.versions import require_same_nnsight
+from persona_nnsight.engine import Event, Recorded
+from persona_nnsight.errors import PersonaError
+from persona_nnsight.plan import Plan
+
+#: Seconds before a passing trouble of the server is met again.
+_PAUSE = 5.0
+#: A job of which the server has said nothing new for so many seconds may be lost.
+_SILENCE = 30.0
+#: A queued job is given up after so much silence: where the server was seen to be away since the
+#: job was sent, and where it was not (jobs of other people may take their time).
+_GIVE_UP_AFTER_OUTAGE, _GIVE_UP = 120.0, 900.0
+#: A server that does not answer at all is given up after so many seconds while nothing was sent.
+_FIRST_PATIENCE = 15.0
+#: A job is sent at most so often before somebody is told.
+_ATTEMPTS = 3
+
+#: The server's own troubles, which another attempt may not meet.
+_PASSING = ("Critical server error", "Error provisioning model", "Error starting model")
+
+
+@dataclass
+class Part:
+    """A job and the cells it stands for.
+
+    Attributes:
+        job: its record.
+        first_cell: of the whole plan.
+        plan: what it computes.
+        attempts: how often it was sent by this process.
+        last_news: when the server last said something new of it, by the monotonic clock.
+        last_doubt: when it was last looked into whether it is lost.
+    """
+
+    job: Job
+    first_cell: int
+    plan: Plan
+    attempts: int = 0
+    last_news: float = 0.0
+    last_doubt: float = 0.0
+
+
+class Courier:
+    """Sends jobs, asks after them and takes their results, for one model on one server.
+
+    Args:
+        lm: the weightless nnsight model.
+        model_id: what the user calls it.
+        model_key: what the server calls it.
+        server: the server.
+        dtype: what the weights there have to be, or None.
+        ledger: where everything is recorded.
+        notify: told in a few words when there is a pause.
+    """
+
+    def __init__(
+        self,
+        lm: Any,
+        *,
+        model_id: str,
+        model_key: str,
+        server: Server,
+        dtype: str | None,
+        ledger: Ledger,
+        notify: Callable[[str], None],
+    ) -> None:
+        self.lm, self.model_id, self.model_key = lm, model_id, model_key
+        self.server, self.dtype, self.ledger, self.notify = server, dtype, ledger, notify
+        self._checked = False
+        self._last_outage = 0.0
+
+    def send(self, part: Part, function: EngineFunction) -> None:
+        """Give a job to the server.
+
+        Raises:
+            PersonaError: the server refuses it, cannot understand it, lost it too often, or does
+                not answer.
+        """
+        job = part.job
+        if part.attempts >= _ATTEMPTS:
+            raise PersonaError(
+                f"{self.server.host} lost a job {part.attempts} times (last: {job.description}); "
+                "try again later."
+            )
+        if not self._checked:
+            environment = self.server.patiently(
+                self.server.environment, self.notify, _FIRST_PATIENCE
+            )
+            require_same_nnsight(environment, self.server.host)
+            self._checked = True
+        envelope = Envelope()
+        run_block(self.lm, function, part.plan, self.dtype, envelope)
+        env = self.lm._remoteable_get_env()
+
+        def submit() -> str:
+            return self.server.submit(self.model_key, env, envelope.blob)
+
+        job.id = self.server.patiently(submit, self._outage)
+        job.state, job.status, job.description = SENT, "RECEIVED", ""
+        job.sent, job.bytes_up = time.time(), len(envelope.blob)
+        job.attempts += 1
+        part.attempts += 1
+        part.last_news = time.monotonic()
+        self.ledger.save()
+
+    def look(self, part: Part, parts: Sequence[Part]) -> bool:
+        """Ask after a job, and take its result if it is done; whether there was news.
+
+        Args:
+            part: a job that was sent.
+            parts: all jobs of the plan.
+
+        Raises:
+            PersonaError: it failed, its result cannot be read, or the server does not answer.
+        """
+        job = part.job
+        assert job.id is not None
+        identity = job.id
+        answer = self.server.patiently(lambda: self.server.ask(identity), self._outage)
+        part.last_news = part.last_news or time.monotonic()
+        if answer is None:
+            if self._silent(part):
+                self._again(part, "the server knows nothing of it")
+            return False
+        news = (answer.status, answer.description) != (job.status, job.description)
+        if news:
+            job.status, job.description = answer.status, answer.description
+            part.last_news = time.monotonic()
+            self.ledger.save()
+        if answer.status == "COMPLETED":
+            self._take(part, answer)
+        elif answer.status == "ERROR":
+            self._fail(part, answer)
+        elif self._silent(part) and (reason := self._lost(part, parts)):
+            self._again(part, reason)
+        return news
+
+    # -- how it ends -----------------------------------------------------------------------------
+
+    def _take(self, part: Part, answer: Answer) -> None:
+        job = part.job
+        try:
+            result, size = self.server.patiently(
+                lambda: self.server.fetch(answer.url), self._outage
+            )
+        except JobLostError as error:
+            self._again(part, str(error))
+            return
+        try:
+            facts = result["facts"]
+            started, seconds = float(facts["started"]), float(facts["seconds"])
+            served = {name: facts[name] for name in ("dtype", "device", "attention", "versions")}
+            if not (math.isfinite(started) and math.isfinite(seconds)):
+                raise ValueError("times that are no numbers")
+            if _count(unpack(result["events"], result["tensors"])) != part.plan.n_results:
+                raise ValueError("another number of rows")
+        except Exception as error:  # whatever was sent in its place
+            raise PersonaError(
+                f"The result that {self.server.host} sent cannot be read as the job's "
+                f"({type(error).__name__}); nothing of it was used."
+            ) from error
+        self.ledger.keep(job, result["events"], result["tensors"])
+        self.ledger.server = served
+        job.state, job.bytes_down = DONE, size
+        job.started, job.ended = started, started + seconds
+        job.run_seconds = seconds if answer.runtime is None else answer.runtime
+        if job.sent is not None:
+            job.queue_seconds = max(0.0, round(started - job.sent, 3))
+        self.ledger.save()
+
+    def _fail(self, part: Part, answer: Answer) -> None:
+        job = part.job
+        words = answer.description
+        if any(passing in words for passing in _PASSING):
+            self.notify(_one_line(words))
+            time.sleep(_PAUSE)
+            self._again(part, words)
+            return
+        if words.startswith("Could not deploy this model"):
+            # Nor will any other job of it come to anything.
+            for other in self.ledger.jobs.values():
+                if other.state == SENT:
+                    other.state, other.id = WAITING, None
+            raise PersonaError(
+                f"{self.server.host} cannot serve {self.model_id!r} ({_one_line(words)}); "
+                "`persona doctor --backend ndif --model ...` says which models it has."
+            )
+        job.state = FAILED
+        self.ledger.save()
+        lines = [line for line in words.strip().splitlines() if line.strip()] or ["no reason given"]
+        kind, _, message = lines[-1].partition(": ")
+        if kind.rpartition(".")[2] == PersonaError.__name__:
+            raise PersonaError(message)
+        kept = self.ledger.directory
+        where = "" if kept is None else f"; `persona jobs -v {kept}` shows what the server said"
+        raise PersonaError(
+            f"A job of {job.cells} cells failed on {self.server.host} ({_one_line(lines[-1])})"
+            f"{where}."
+        )
+
+    # -- whether it ends -------------------------------------------------------------------------
+
+    def _silent(self, part: Part) -> bool:
+        """Whether it is time to wonder about a job."""
+        now = time.monotonic()
+        if now - max(part.last_news, part.last_doubt) < _SILENCE:
+            return False
+        part.last_doubt = now
+        return True
+
+    def _lost(self, part: Part, parts: Sequence[Part]) -> str | None:
+        """Why the server is not going to finish a job, if that is so.
+
+        A server that was restarted knows nothing of the jobs it had, and the last thing it said of
+        them stays where it was written.
+        """
+        job = part.job
+        states = self.server.patiently(self.server.deployments, self._outage)
+        if not states.get(self.model_key):
+            return "the server has been restarted since, or has dropped the model"
+        if job.status == "RUNNING":
+            return None
+        sent = job.sent or 0.0
+        # Jobs of one model are taken in the order in which they came.
+        overtaken = any(each.job.state == DONE and (each.job.sent or 0.0) > sent for each in parts)
+        patience = _GIVE_UP_AFTER_OUTAGE if self._last_outage > sent else _GIVE_UP
+        if overtaken or time.monotonic() - part.last_news > patience:
+            return "the server no longer works on it"
+        return None
+
+    def _outage(self, words: str) -> None:
+        """The server did not answer: it may be another one when it is back."""
+        self._last_outage = time.time()
+        self.notify(words)
+
+    def _again(self, part: Part, reason: str) -> None:
+        """Have a job sent anew; whatever becomes of the old one, its result is not taken."""
+        job = part.job
+        job.state, job.id, job.status = WAITING, None, ""
+        job.description = _one_line(reason)
+        self.ledger.save()
+
+
+def _count(events: Sequence[Event]) -> int:
+    """How many results there are, as `Plan.n_results` counts them."""
+    return sum(len(event.cells) if isinstance(event, Recorded) else 1 for event in events)
+
+
+def _one_line(text: str) -> str:
+    line = " ".join(text.split())
+    return line if len(line) <= 300 else f"{line[:297]}..."
