@@ -4,7 +4,7 @@ VENV := .venv
 BIN := $(VENV)/bin
 MODEL := smollm2-135m
 
-.PHONY: demo test test-slow example readme clean
+.PHONY: demo test test-slow test-ndif ndif-server ndif-server-down example readme clean
 
 ## Fetch the embedded model and run the main experiment on it.
 demo: $(VENV)/installed
@@ -24,6 +24,17 @@ test: $(VENV)/tested
 test-slow: $(VENV)/tested
 	HF_HUB_OFFLINE=1 $(BIN)/python -m pytest -m slow
 
+## Run the commands on a real NDIF server, which this installs, starts and stops.
+test-ndif: $(VENV)/tested
+	HF_HUB_OFFLINE=1 $(BIN)/python -m pytest -m ndif
+
+## Start that server to try remote work with, and stop it.
+ndif-server: $(VENV)/installed
+	$(BIN)/python tests/ndif/ndif_server.py up
+
+ndif-server-down: $(VENV)/installed
+	$(BIN)/python tests/ndif/ndif_server.py down
+
 ## Make the committed example run again.
 example: $(VENV)/installed
 	rm -rf outputs/example
@@ -34,7 +45,7 @@ readme: $(VENV)/tested
 	$(BIN)/python -m cogapp -r -I tests README.md
 
 clean:
-	rm -rf $(VENV) dist build .mypy_cache .ruff_cache .pytest_cache
+	rm -rf $(VENV) .venv-ndif .ndif dist build .mypy_cache .ruff_cache .pytest_cache
 
 $(VENV)/python:
 	$(PYTHON) -m venv $(VENV)

@@ -375,7 +375,7 @@ def test_a_lost_jobs_late_result_is_not_used(world: World, expected: pd.DataFram
 def test_three_losses_are_enough(world: World, tmp_path: Path) -> None:
     world.fake.scripts = [DONE, (None,), (None,), (None,), (None,)]
     backend = world.backend(tmp_path / "run")
-    with pytest.raises(PersonaError, match=r"lost a job 3 times \(last: .*nothing of it\)"):
+    with pytest.raises(PersonaError, match=r"was sent a job 3 times \(last: .*nothing of it\)"):
         world.run(backend)
     assert world.fake.posts == 4
     assert Ledger.load(tmp_path / "run").jobs.keys() == backend.ledger.jobs.keys()
@@ -437,7 +437,7 @@ def test_the_servers_own_troubles_pass(world: World, expected: pd.DataFrame, wor
 def test_the_servers_own_troubles_do_not_pass(world: World) -> None:
     words = "Critical server error occurred.\nTry later."
     world.fake.scripts = [(("ERROR", words),)] * 9
-    with pytest.raises(PersonaError, match=r"lost a job 3 times \(last: Critical") as gave_up:
+    with pytest.raises(PersonaError, match=r"was sent a job 3 times \(last: Critical") as gave_up:
         world.run(world.backend())
     assert "\n" not in str(gave_up.value)
 

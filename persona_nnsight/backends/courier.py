@@ -94,8 +94,8 @@ class Courier:
         job = part.job
         if part.attempts >= _ATTEMPTS:
             raise PersonaError(
-                f"{self.server.host} lost a job {part.attempts} times (last: {job.description}); "
-                "try again later."
+                f"{self.server.host} was sent a job {part.attempts} times and did none of them "
+                f"(last: {job.description}); try again later."
             )
         if not self._checked:
             environment = self.server.patiently(
@@ -197,7 +197,7 @@ class Courier:
                 if other.state == SENT:
                     other.state, other.id = WAITING, None
             raise PersonaError(
-                f"{self.server.host} cannot serve {self.model_id!r} ({_one_line(words)}); "
+                f"{self.server.host} cannot serve {self.model_id!r} ({_one_line(_gist(words))}); "
                 "`persona doctor --backend ndif --model ...` says which models it has."
             )
         job.state = FAILED
@@ -231,7 +231,8 @@ class Courier:
         """
         job = part.job
         states = self.server.patiently(self.server.deployments, self._outage)
-        if not states.get(self.model_key):
+        starting = job.status in ("PROVISIONING", "DEPLOYING")  # which may take minutes
+        if not starting and not states.get(self.model_key):
             return "the server has been restarted since, or has dropped the model"
         if job.status == "RUNNING":
             return None
@@ -240,7 +241,8 @@ class Courier:
         overtaken = any(each.job.state == DONE and (each.job.sent or 0.0) > sent for each in parts)
         patience = _GIVE_UP_AFTER_OUTAGE if self._last_outage > sent else _GIVE_UP
         if overtaken or time.monotonic() - part.last_news > patience:
-            return "the server no longer works on it"
+            trouble = "did not finish starting the model" if starting else "no longer works on it"
+            return f"the server {trouble}"
         return None
 
     def _outage(self, words: str) -> None:
@@ -259,6 +261,13 @@ class Courier:
 def _count(events: Sequence[Event]) -> int:
     """How many results there are, as `Plan.n_results` counts them."""
     return sum(len(event.cells) if isinstance(event, Recorded) else 1 for event in events)
+
+
+def _gist(text: str) -> str:
+    """A text without the traceback that it may end with, but for that one's last line."""
+    before, found, trace = text.partition("Traceback (most recent call last)")
+    lines = trace.strip().splitlines()
+    return f"{before.strip()} {lines[-1]}" if found and lines else text
 
 
 def _one_line(text: str) -> str:

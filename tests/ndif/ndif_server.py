@@ -143,6 +143,11 @@ class NdifServer:
     def start_store(self) -> None:
         """Start the store of results, empty."""
         self._start("store", self._bin("moto_server"), "-H", "127.0.0.1", "-p", self.ports.store)
+        url = f"http://127.0.0.1:{self.ports.store}"
+        _wait(url, 60.0, self.state)
+        # Where results go; the API makes it when it starts, and the store may start again later.
+        make = urllib.request.Request(f"{url}/ndif-results", method="PUT")
+        urllib.request.urlopen(make, timeout=30).close()
 
     def start_api(self) -> None:
         """Start the API and its dispatcher."""

@@ -21,7 +21,7 @@ from conftest import TINY_GRID, Outcome, Persona
 from ndif_server import NdifServer, free_port
 from safetensors.torch import load_file, save_file
 
-from persona_nnsight import PersonaError, load_model
+from persona_nnsight import PersonaError, capture, load_model
 from persona_nnsight.backends.ndif import NdifBackend
 from persona_nnsight.backends.server import Answer, Server
 from persona_nnsight.engine import run
@@ -47,10 +47,19 @@ def impatience(monkeypatch: pytest.MonkeyPatch) -> None:
         monkeypatch.setattr(f"persona_nnsight.backends.{name}", value)
 
 
+@pytest.fixture(scope="session")
+def deployed(running_ndif: NdifServer, tiny_dir: TinyDir) -> Path:
+    """A tiny model that the server has loaded."""
+    path = tiny_dir("llama")
+    model = load_model(str(path), weights=False)
+    capture(model, TINY_GRID, layers=2, backend=NdifBackend(model, Server(running_ndif.url)))
+    return path
+
+
 @pytest.fixture
-def command(tiny_dir: TinyDir) -> list[object]:
-    """A run on a tiny model."""
-    return ["substitute", "--grid", "grid.yaml", "--model", tiny_dir("llama"), "--layers", "2,3"]
+def command(deployed: Path) -> list[object]:
+    """A run on it."""
+    return ["substitute", "--grid", "grid.yaml", "--model", deployed, "--layers", "2,3"]
 
 
 def finish(persona: Persona, command: list[object], out: str = "run") -> dict[str, Any]:
@@ -100,7 +109,8 @@ def test_detached_and_collected(ndif: NdifServer, persona: Persona, command: lis
     assert [job["id"] for job in pending()] == ids
     assert "persona resume run" in sent.err
     assert persona("resume", "run", "--detach").code == 0
-    assert persona("resume", "run").code == 0
+    resumed = persona("resume", "run")
+    assert resumed.code == 0, resumed.err
     data = finish(persona, command)
     assert [job["id"] for job in data["backend"]["jobs"]] == ids
     assert ids[0][:8] in persona("jobs", "run").out
@@ -139,7 +149,6 @@ def test_the_host_goes_away_during_a_run(
 def test_the_host_does_not_come_back(
     ndif: NdifServer, persona: Persona, command: list[object], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(Server.__init__, "__kwdefaults__", {"insecure": False, "patience": 2.0})
     ask = Server.ask
 
     def ask_and_lose(self: Server, job: str) -> Answer | None:
@@ -147,20 +156,23 @@ def test_the_host_does_not_come_back(
         return ask(self, job)
 
     with monkeypatch.context() as patch:
+        patch.setattr(Server.__init__, "__kwdefaults__", {"insecure": False, "patience": 2.0})
         patch.setattr(Server, "ask", ask_and_lose)
         outcome = persona(*command, "--remote", "--out", "run")
     ndif.start_api()
     ndif.wait()
     assert "does not answer" in one_sentence(outcome)
     assert [job["state"] for job in pending()] == ["sent"] * N_JOBS
-    assert persona("resume", "run").code == 0
+    resumed = persona("resume", "run")
+    assert resumed.code == 0, resumed.err
     finish(persona, command)
 
 
 def test_a_restart_with_jobs_queued(
     ndif: NdifServer, persona: Persona, command: list[object]
 ) -> None:
-    assert persona(*command, "--remote", "--detach", "--out", "run").code == 0
+    sent = persona(*command, "--remote", "--detach", "--out", "run")
+    assert sent.code == 0, sent.err
     ndif.stop("api")
     ndif.start_api()
     ndif.wait()
@@ -172,7 +184,8 @@ def test_a_restart_with_jobs_queued(
 def test_results_that_are_gone_are_computed_again(
     ndif: NdifServer, persona: Persona, command: list[object]
 ) -> None:
-    assert persona(*command, "--remote", "--detach", "--out", "run").code == 0
+    sent = persona(*command, "--remote", "--detach", "--out", "run")
+    assert sent.code == 0, sent.err
     until_completed(persona)
     ndif.stop("store")
     ndif.start_store()
@@ -182,9 +195,9 @@ def test_results_that_are_gone_are_computed_again(
     assert [job["attempts"] for job in data["backend"]["jobs"]] == [2] * N_JOBS
 
 
-def test_interrupted_while_waiting(ndif: NdifServer, persona: Persona, tiny_dir: TinyDir) -> None:
+def test_interrupted_while_waiting(ndif: NdifServer, persona: Persona, deployed: Path) -> None:
     # As a user's terminal does it, to a process of its own.
-    arguments = ["substitute", "--grid", "grid.yaml", "--model", str(tiny_dir("llama"))]
+    arguments = ["substitute", "--grid", "grid.yaml", "--model", str(deployed)]
     arguments += ["--layers", "2,3"]
     code = (
         "import persona_nnsight.backends.ndif as n, sys; n._MOST_CELLS = 2; n._LOOKS = (60, 60)\n"
@@ -209,18 +222,25 @@ def test_interrupted_while_waiting(ndif: NdifServer, persona: Persona, tiny_dir:
     ids = [job["id"] for job in pending()]
     assert out.split() == ids
     assert len(ids) == N_JOBS
-    assert persona("resume", "run").code == 0
+    resumed = persona("resume", "run")
+    assert resumed.code == 0, resumed.err
     data = finish(persona, list(arguments))
     assert [job["id"] for job in data["backend"]["jobs"]] == ids
 
 
 def test_a_model_that_the_server_cannot_load(
-    ndif: NdifServer, persona: Persona, tiny_dir: TinyDir
+    ndif: NdifServer, persona: Persona, tiny_dir: TinyDir, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     shutil.copytree(tiny_dir("llama"), "model")
-    Path("model/model.safetensors").unlink()
+    submit = Server.submit
+
+    def too_late(self: Server, *arguments: Any) -> str:
+        shutil.rmtree("model", ignore_errors=True)
+        return submit(self, *arguments)
+
+    monkeypatch.setattr(Server, "submit", too_late)
     outcome = persona("capture", "--grid", "grid.yaml", "--model", "model", "--remote", "-o", "run")
-    assert "model" in one_sentence(outcome)
+    assert "cannot serve 'model'" in one_sentence(outcome)
     assert not Path("run").exists()
 
 
@@ -238,8 +258,8 @@ def test_a_value_that_is_not_finite_is_said_as_on_this_machine(
     assert there == here
 
 
-def test_a_job_that_raises(ndif: NdifServer, tiny_dir: TinyDir) -> None:
-    model = load_model(str(tiny_dir("llama")), weights=False)
+def test_a_job_that_raises(ndif: NdifServer, deployed: Path) -> None:
+    model = load_model(str(deployed), weights=False)
     plan = plan_substitute(model, TINY_GRID, layers=(2,), positions="p_last", conditions="bb")
     beyond = replace(plan, layers=(99,), edits=(replace(plan.edits[0], layers=(99,)),))
     backend = NdifBackend(model, Server(ndif.url))
@@ -270,8 +290,8 @@ def test_a_refused_key(
         ndif.stop("guarded")
 
 
-def test_the_doctor_is_content(ndif: NdifServer, persona: Persona, tiny_dir: TinyDir) -> None:
-    outcome = persona("doctor", "--remote", "--model", tiny_dir("llama"), "--json")
+def test_the_doctor_is_content(ndif: NdifServer, persona: Persona, deployed: Path) -> None:
+    outcome = persona("doctor", "--remote", "--model", deployed, "--json")
     assert outcome.code == 0, outcome.out
     found = {finding["what"]: finding for finding in json.loads(outcome.out)}
     assert found["nnsight there"]["text"].startswith("0.8.0 there")
