@@ -45,6 +45,7 @@ readme: $(VENV)/tested
 	$(BIN)/python -m cogapp -r -I tests README.md
 
 clean:
+	[ ! -e .ndif ] || $(MAKE) ndif-server-down
 	rm -rf $(VENV) .venv-ndif .ndif dist build .mypy_cache .ruff_cache .pytest_cache
 
 $(VENV)/python:

@@ -77,7 +77,9 @@ def execute_together(
     def result(part: int, *, complete: bool) -> Result:
         cost = estimate(joint.parts[part], model, limits)
         seconds["total"] = time.perf_counter() - start
-        return gathered[part].result(cost, dict(seconds), worker.record(), complete=complete)
+        return gathered[part].result(
+            cost, dict(seconds), worker.record(joint.plan), complete=complete
+        )
 
     done = 0
     try:

@@ -44,7 +44,7 @@ def run_manifest(
         where: where it ran (`persona_nnsight.backends.Backend.record`).
     """
     return {
-        **_header(plan.command, complete=complete),
+        **_header(plan.command, where, complete=complete),
         "arguments": {
             "layers": plan.layers,
             "positions": plan.positions,
@@ -68,7 +68,7 @@ def run_manifest(
         "prompts": [asdict(prompt) for prompt in plan.prompts],
         "cost": cost.to_dict(),
         "seconds": _rounded(seconds),
-        "peak_memory_bytes": _peak_memory(model.device),
+        "peak_memory_bytes": {} if "server" in where else _peak_memory(model.device),
     }
 
 
@@ -90,19 +90,21 @@ def reproduction_manifest(
         where: where it ran.
     """
     return {
-        **_header("reproduce", complete=complete),
+        **_header("reproduce", where, complete=complete),
         "parts": list(parts),
         **_origin(model, where),
         "seconds": _rounded(seconds),
-        "peak_memory_bytes": _peak_memory(model.device),
+        "peak_memory_bytes": {} if "server" in where else _peak_memory(model.device),
     }
 
 
-def _header(command: str, *, complete: bool) -> dict[str, Any]:
+def _header(command: str, where: Mapping[str, Any], *, complete: bool) -> dict[str, Any]:
+    typed = sys.argv[1:] if Path(sys.argv[0]).stem == "persona" else None
     return {
         "format": FORMAT,
         "command": command,
-        "argv": sys.argv[1:] if Path(sys.argv[0]).stem == "persona" else None,
+        # A run that was resumed is what was typed when it began.
+        "argv": where.get("argv") or typed,
         "complete": complete,
         "finished": datetime.now(timezone.utc).isoformat(timespec="seconds"),
     }
@@ -116,7 +118,8 @@ def _origin(model: Model, where: Mapping[str, Any]) -> dict[str, Any]:
         "model": {
             "id": model.weights.model_id,
             "spec": model.weights.spec,
-            "revision": model.weights.revision,
+            # A server takes the branch that it was asked for, which may have moved here or there.
+            "revision": where.get("revision", model.weights.revision),
             "sha256": model.weights.sha256,
             "dtype": served.get("dtype", str(model.dtype).removeprefix("torch.")),
             "device": served.get("device", model.device),
@@ -125,7 +128,7 @@ def _origin(model: Model, where: Mapping[str, Any]) -> dict[str, Any]:
             "d_model": model.tree.d_model,
             "n_parameters": model.n_parameters,
         },
-        "backend": dict(where),
+        "backend": {name: value for name, value in where.items() if name != "argv"},
         "versions": {
             "python": platform.python_version(),
             "platform": platform.platform(),

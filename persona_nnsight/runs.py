@@ -35,7 +35,9 @@ if TYPE_CHECKING:
     import pandas as pd
 
 #: What a run leaves there until it is finished.
-PENDING, PARTS = "pending.json", "parts"
+PENDING, PARTS, LOCK = "pending.json", "parts", ".lock"
+#: What a run that is finished always has.
+RUN = "run.json"
 
 #: Columns of words, in every table; all other columns hold numbers or truth values.
 TEXT_COLUMNS = (
@@ -121,6 +123,8 @@ def save_run(
             # run.json last: a directory that has it has everything.
             for name in sorted(os.listdir(partial), key=lambda name: name == "run.json"):
                 moved.append(directory / name)
+                if pending:
+                    _remove(directory / name)  # of an attempt that was stopped here
                 os.replace(Path(partial, name), directory / name)
     except BaseException as error:
         for path in moved:
@@ -131,7 +135,7 @@ def save_run(
             raise _unwritable(directory, error) from error
         raise
     if pending:
-        for name in (PENDING, PARTS):
+        for name in (PENDING, PARTS, LOCK):
             _remove(directory / name)
     return directory
 

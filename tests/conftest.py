@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import signal
 
 os.environ["HF_HUB_OFFLINE"] = "1"  # before huggingface_hub is imported: it reads it then
 
@@ -95,6 +96,8 @@ def persona(
 def running_ndif(tmp_path_factory: pytest.TempPathFactory) -> Iterator[NdifServer]:
     """A real NDIF server; started once, and stopped whatever happens."""
     server = NdifServer(state=tmp_path_factory.mktemp("ndif-server"))
+    # Stopped from outside, tests would leave it running.
+    signal.signal(signal.SIGTERM, signal.default_int_handler)
     try:
         server.up()
         yield server

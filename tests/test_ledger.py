@@ -307,3 +307,27 @@ def test_finishing_needs_no_record(directory: Path) -> None:
     assert (directory / "run.json").exists()
     with pytest.raises(PersonaError, match="already holds a run"):
         save_run(directory, write_run, finishes=True)
+
+
+def test_one_process_works_on_a_run(directory: Path) -> None:
+    first, second = Ledger(directory), Ledger(directory)
+    first.claim()
+    with pytest.raises(PersonaError, match=f"worked on by process {os.getpid()};"):
+        second.claim()
+    with pytest.raises(PersonaError, match="being worked on"):
+        Ledger.load(directory).claim()
+    first.release()
+    later = Ledger.load(directory)
+    later.claim()
+    later.discard()
+    assert not directory.exists()
+
+
+def test_two_runs_do_not_share_a_directory(directory: Path) -> None:
+    """Both found it free when they began."""
+    first, second = Ledger(directory), Ledger(directory)
+    first.claim()
+    first.release()
+    with pytest.raises(PersonaError, match="Another run has taken"):
+        second.claim()
+    assert sorted(path.name for path in directory.iterdir()) == ["pending.json"]

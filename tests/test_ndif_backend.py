@@ -11,6 +11,7 @@ import re
 import sys
 import traceback
 from collections.abc import Callable, Iterator
+from contextlib import closing
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -126,7 +127,8 @@ class World:
         return NdifBackend(self.model, Server(self.fake.url), ledger=ledger, **options)
 
     def run(self, backend: NdifBackend) -> EditResult:
-        return substitute(self.model, TWO_BY_TWO, **SMALL, backend=backend)
+        with closing(backend):
+            return substitute(self.model, TWO_BY_TWO, **SMALL, backend=backend)
 
 
 @pytest.fixture
@@ -195,8 +197,8 @@ def test_a_run_in_jobs_equals_a_local_one(world: World, tiny: Tiny, tmp_path: Pa
         assert (job["run_seconds"], job["queue_seconds"] >= 0) == (0.25, True)
     assert where["bytes_up"] == sum(len(job.blob) for job in world.fake.jobs)
     assert manifest["model"]["dtype"] == where["server"]["dtype"] == "float32"
-    assert "3 of 3 jobs done" in said
-    assert "1 of 3 jobs done, 1 running, 1 waiting (Position 1 in the queue)" in said
+    assert "3/3 jobs" in said
+    assert "1/3 jobs, 1 running, 1 waiting (Position 1 in the queue)" in said
 
 
 def test_capture_comes_back_whole(world: World, tiny: Tiny, tmp_path: Path) -> None:
@@ -319,6 +321,21 @@ def test_a_restarted_server(world: World, expected: pd.DataFrame) -> None:
     assert jobs_of(backend) == [(HERE, "job-3", 2), (HERE, "job-2", 1)]
 
 
+def test_a_server_with_other_replicas(world: World, expected: pd.DataFrame) -> None:
+    """Restarted, and somebody has asked for the model again: what ran our job is gone."""
+    world.fake.scripts = [(RUNNING,), DONE]
+    (key,) = world.fake.deployments
+    backend = world.backend()
+
+    def restarts() -> None:
+        if len(world.clock.sleeps) == 3:
+            world.fake.deployments = {"another": ["RUNNING"], key: ["RUNNING"]}
+
+    world.clock.on_sleep = restarts
+    assert_equal(world.run(backend), expected)
+    assert jobs_of(backend) == [(HERE, "job-3", 2), (HERE, "job-2", 1)]
+
+
 def test_a_job_that_was_overtaken(world: World, expected: pd.DataFrame) -> None:
     world.fake.scripts = [(QUEUED,), DONE]
     backend = world.backend()
@@ -375,7 +392,7 @@ def test_a_lost_jobs_late_result_is_not_used(world: World, expected: pd.DataFram
 def test_three_losses_are_enough(world: World, tmp_path: Path) -> None:
     world.fake.scripts = [DONE, (None,), (None,), (None,), (None,)]
     backend = world.backend(tmp_path / "run")
-    with pytest.raises(PersonaError, match=r"was sent a job 3 times \(last: .*nothing of it\)"):
+    with pytest.raises(PersonaError, match=r"was sent a job 3 times .*\(last: .*nothing of it\)"):
         world.run(backend)
     assert world.fake.posts == 4
     assert Ledger.load(tmp_path / "run").jobs.keys() == backend.ledger.jobs.keys()
@@ -437,7 +454,7 @@ def test_the_servers_own_troubles_pass(world: World, expected: pd.DataFrame, wor
 def test_the_servers_own_troubles_do_not_pass(world: World) -> None:
     words = "Critical server error occurred.\nTry later."
     world.fake.scripts = [(("ERROR", words),)] * 9
-    with pytest.raises(PersonaError, match=r"was sent a job 3 times \(last: Critical") as gave_up:
+    with pytest.raises(PersonaError, match=r"was sent a job 3 times .*\(last: Critical") as gave_up:
         world.run(world.backend())
     assert "\n" not in str(gave_up.value)
 
@@ -451,8 +468,8 @@ def test_a_persona_error_there_is_told_as_it_is(
     ):
         world.run(backend)
     assert jobs_of(backend)[0][0] == FAILED
-    job = next(iter(Ledger.load(tmp_path / "run").jobs.values()))
-    assert "Traceback" in job.description
+    # It would fail again, so there is nothing to go on with.
+    assert not (tmp_path / "run").exists()
 
 
 def test_another_error_there_is_told_with_ours(world: World, tmp_path: Path) -> None:
@@ -485,9 +502,27 @@ def test_an_unknown_model_leaves_nothing(world: World, tmp_path: Path) -> None:
     assert not (tmp_path / "run").exists()
 
 
+def test_a_refusal_does_not_take_what_was_there(
+    world: World, expected: pd.DataFrame, tmp_path: Path
+) -> None:
+    """The server has no room for the model today; the run can be gone on with tomorrow."""
+    world.fake.scripts = [DONE, (QUEUED,)]
+    with pytest.raises(Detached):
+        world.run(world.backend(tmp_path / "run", detach=True))
+    words = "Could not deploy this model. CANT_ACCOMMODATE"
+    world.fake.jobs[1].script = [("ERROR", words)]
+    with pytest.raises(PersonaError, match="CANT_ACCOMMODATE"):
+        world.run(world.backend(tmp_path / "run"))
+    assert [job.id for job in Ledger.load(tmp_path / "run").jobs.values()] == ["job-1", None]
+    assert_equal(world.run(world.backend(tmp_path / "run")), expected)
+    assert world.fake.posts == 3
+
+
 def test_another_nnsight_is_refused_before_anything_is_sent(world: World, tmp_path: Path) -> None:
     world.fake.packages["nnsight"] = "0.6.1"
-    with pytest.raises(PersonaError, match=r"runs nnsight 0\.6\.1 .*install nnsight 0\.6\.\*"):
+    with pytest.raises(
+        PersonaError, match=r"runs nnsight 0\.6\.1 .*a release of persona-nnsight for nnsight 0\.6"
+    ):
         world.run(world.backend(tmp_path / "run"))
     assert (world.fake.posts, world.fake.calls("/env")) == (0, 1)
     assert not (tmp_path / "run").exists()
@@ -535,6 +570,7 @@ def altered(**changes: Any) -> Callable[[FakeJob], bytes]:
         altered(tensors=[1]),
         altered(tensors={"a": 1}),
         altered(events='{"recorded": [], "scored": [[0]], "written": []}'),
+        altered(events='{"recorded": [], "scored": [], "written": []}'),
     ],
 )
 def test_a_result_of_other_contents(
@@ -556,9 +592,8 @@ def test_a_result_of_other_contents(
 
 def test_detached_and_collected(world: World, expected: pd.DataFrame, tmp_path: Path) -> None:
     world.fake.scripts = [(RUNNING, QUEUED, *DONE), DONE]
-    with pytest.raises(Detached) as elsewhere:
+    with pytest.raises(Detached):
         world.run(world.backend(tmp_path / "run", detach=True))
-    assert not elsewhere.value.interrupted
     assert not world.clock.sleeps
     kept = Ledger.load(tmp_path / "run")
     assert [(job.state, job.id) for job in kept.jobs.values()] == [(SENT, "job-1"), (HERE, "job-2")]
@@ -583,9 +618,8 @@ def test_interrupted_and_collected(world: World, expected: pd.DataFrame, tmp_pat
             raise KeyboardInterrupt
 
     world.clock.on_sleep = interrupt
-    with pytest.raises(Detached) as elsewhere:
+    with pytest.raises(KeyboardInterrupt):
         world.run(world.backend(tmp_path / "run"))
-    assert elsewhere.value.interrupted
     kept = Ledger.load(tmp_path / "run")
     assert [job.id for job in kept.jobs.values()] == ["job-1", "job-2"]
     assert_equal(world.run(world.backend(tmp_path / "run")), expected)
@@ -751,7 +785,7 @@ def test_detach_and_resume(command: Command, fake: FakeNdif, persona: Persona) -
     assert [job["state"] for job in report["jobs"]] == ["done", "done"]
     assert persona("jobs", "run").code == 0
     assert_one_sentence(outcome := persona("resume", "run"))
-    assert "holds no jobs" in outcome.err
+    assert "is finished" in outcome.err
 
 
 def test_resuming_detached(command: Command, fake: FakeNdif, persona: Persona) -> None:
@@ -915,9 +949,32 @@ def test_the_jobs_of_another_host(command: Command, fake: FakeNdif, persona: Per
     fake.scripts = [(QUEUED,), DONE]
     assert command("--detach").code == 0
     change_pending(lambda pending: pending.update(host="http://127.0.0.1:9"))
-    assert_one_sentence(outcome := persona("resume", "run"))
-    assert "are with http://127.0.0.1:9 and not with" in outcome.err
+    with pytest.MonkeyPatch.context() as impatient:
+        impatient.setattr("persona_nnsight.backends.server.time", Clock())
+        outcome = persona("resume", "run")
+    assert outcome.code == 2
+    assert "http://127.0.0.1:9 does not answer" in outcome.err
     assert fake.posts == 2
+
+
+def test_a_directory_does_not_say_where_the_key_goes(
+    command: Command, fake: FakeNdif, persona: Persona
+) -> None:
+    fake.scripts = [(QUEUED,), DONE]
+    assert command("--detach").code == 0
+    change_pending(lambda pending: pending.update(host="https://elsewhere.invalid"))
+    assert_one_sentence(outcome := persona("resume", "run"))
+    assert "add --ndif-host https://elsewhere.invalid" in outcome.err
+
+
+def test_a_directory_has_only_experiments_run(
+    command: Command, fake: FakeNdif, persona: Persona
+) -> None:
+    fake.scripts = [(QUEUED,), DONE]
+    assert command("--detach").code == 0
+    change_pending(lambda pending: pending["origin"].update(argv=["models", "pull", "x"]))
+    assert_one_sentence(outcome := persona("resume", "run"))
+    assert "were not sent by a command" in outcome.err
 
 
 def test_a_directory_that_went_away(command: Command, fake: FakeNdif, persona: Persona) -> None:

@@ -68,7 +68,7 @@ def test_plain_http_to_this_machine(url: str) -> None:
     "url",
     [
         *("http://ndif.example.org", "http://192.168.0.7:8001", "http://127.0.0.1.example.org"),
-        *("http://localhost.example.org", "http://127.0.0.1@example.org", "HTTP://example.org"),
+        *("http://localhost.example.org", "HTTP://example.org"),
     ],
 )
 def test_plain_http_to_another_machine(url: str) -> None:
@@ -117,7 +117,9 @@ def test_what_a_server_says_of_itself(fake: FakeNdif) -> None:
     server = Server(fake.url)
     assert server.connected()
     assert server.environment()["packages"] == PACKAGES
-    assert server.deployments() == fake.deployments
+    there = {key: list(replicas.values()) for key, replicas in server.deployments().items()}
+    assert there == fake.deployments
+    assert len(server.deployments()["a"]) == 2
     assert server.identity() == "someone@example.org"
     assert {seen.headers["ndif-api-key"] for seen in fake.seen} == {KEY}
 
@@ -130,7 +132,7 @@ def test_a_server_that_has_lost_its_compute(fake: FakeNdif) -> None:
 def test_replicas_without_a_model_key(fake: FakeNdif) -> None:
     told = {"deployments": {"the-name": {"application_state": "RUNNING"}}}
     fake.replies = {"/status": [Reply(200, told)]}
-    assert Server(fake.url).deployments() == {"the-name": ["RUNNING"]}
+    assert Server(fake.url).deployments() == {"the-name": {"the-name": "RUNNING"}}
 
 
 @pytest.mark.parametrize(
@@ -197,10 +199,10 @@ def test_another_patch_of_nnsight_is_the_same(monkeypatch: pytest.MonkeyPatch) -
     monkeypatch.setattr("persona_nnsight.backends.versions.version", lambda _: "0.8.1")
     require_same_nnsight({"packages": {"nnsight": "0.8.0"}}, "a-host")
     for theirs, advice in {
-        "0.7.3": r"install nnsight 0\.7\.\* here",
-        "0.9.0": r"install nnsight 0\.9\.\* here",
-        "1.8.0": r"install nnsight 1\.8\.\* here",
-        "nonsense": "ask who runs the server",
+        "0.7.3": r"a release of persona-nnsight for nnsight 0\.7",
+        "0.9.0": r"a release of persona-nnsight for nnsight 0\.9",
+        "1.8.0": r"a release of persona-nnsight for nnsight 1\.8",
+        "nonsense": "use another server",
     }.items():
         with pytest.raises(PersonaError, match=f"a-host runs nnsight {theirs} .* 0.8.1.*{advice}"):
             require_same_nnsight({"packages": {"nnsight": theirs}}, "a-host")
@@ -338,7 +340,7 @@ def test_patience_ends(clock: Clock) -> None:
     with FakeNdif() as fake:
         url = fake.url
     server, said = Server(url, patience=60.0), list[str]()
-    with pytest.raises(PersonaError, match=f"{url} does not answer .*persona doctor") as gave_up:
+    with pytest.raises(PersonaError, match=f"{url} does not answer .*try again later") as gave_up:
         server.patiently(server.connected, said.append)
     assert "\n" not in str(gave_up.value)
     assert 60 <= sum(clock.sleeps) < 61
@@ -489,3 +491,19 @@ def test_a_result_is_not_fetched_over_plain_http(fake: FakeNdif, url: str) -> No
 def test_a_result_at_a_nonsense_address(fake: FakeNdif, url: str) -> None:
     with pytest.raises(PersonaError, match=r"The result's address .* is not a URL"):
         Server(fake.url).fetch(url)
+
+
+@pytest.mark.parametrize(
+    "url",
+    ["https://me:secret@example.org", "https://me@example.org", "https://example.org/?key=secret"],
+)
+def test_an_address_holds_no_secret(url: str) -> None:
+    """It goes into files and messages."""
+    with pytest.raises(PersonaError, match="an address alone") as refused:
+        Server(url)
+    assert "secret" not in str(refused.value)
+
+
+def test_a_server_that_is_only_asked_gets_no_key(fake: FakeNdif) -> None:
+    assert Server(fake.url, with_key=False).connected()
+    assert not any("ndif-api-key" in seen.headers for seen in fake.seen)

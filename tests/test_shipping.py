@@ -148,7 +148,7 @@ def test_the_payload_holds_no_code(tiny: Tiny) -> None:
     model = tiny("llama")
     envelope = Envelope()
     plan = plan_substitute(model, TINY_GRID, layers=(2,), positions="p_last", generate=2)
-    assert run_block(model.lm, run, plan, None, envelope) is None
+    assert run_block(model, run, plan, None, envelope) is None
     assert len(envelope.blob) < 100_000
     payload = zstandard.ZstdDecompressor().decompress(envelope.blob)
     Recording.named, Recording.rebuilt = set(), []
@@ -229,6 +229,7 @@ def test_a_failing_job_leaves_no_trace(tiny: Tiny, sources: dict[str, str]) -> N
         "function": f"{shipped_name(run.__module__, sources)}:{run.__name__}",
         "plan": json.dumps(to_data(plan)),
         "dtype": "float64",
+        "attention": "sdpa",
     }
     entry = f"{shipped_name(job.__name__, sources)}:run_job"
     before = state()
@@ -389,3 +390,27 @@ def assert_same(parts: dict[Any, Any], whole: dict[Any, Any], tolerance: float) 
         else:
             close = pytest.approx(value, rel=tolerance, abs=tolerance, nan_ok=True)
             assert parts[key] == close, key
+
+
+def test_attention_is_the_clients_for_a_job_and_then_as_before(tiny: Tiny) -> None:
+    model = tiny("llama")
+    config = model.lm._module.config
+    assert config._attn_implementation == "sdpa"
+    plan = plan_capture(model, MARKED, layers=(2,), positions="p_last")
+    function = f"{run.__module__}:{run.__name__}"
+    answer = job.run_job(model.lm, function, json.dumps(to_data(plan)), None, "eager")
+    assert answer["facts"]["attention"] == "eager"
+    assert config._attn_implementation == "sdpa"
+
+
+def test_attention_that_cannot_be_changed(
+    tiny: Tiny, tiny_dir: Callable[..., Path], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """In a sandbox: eager is insisted on, since a model may need it, and others are taken."""
+    plan = plan_capture(tiny("llama"), MARKED, layers=(2,), positions="p_last")
+    arguments = (f"{run.__module__}:{run.__name__}", json.dumps(to_data(plan)), None)
+    monkeypatch.setattr(job, "is_far", lambda lm: True)
+    with pytest.raises(PersonaError, match="use --attn sdpa to take them"):
+        job.run_job(tiny("llama").lm, *arguments, "eager")
+    answer = job.run_job(tiny("llama").lm, *arguments, "flash_attention_2")
+    assert answer["facts"]["attention"] == "sdpa"

@@ -56,11 +56,11 @@ def doctor(
     """
     where = o.BackendOptions(backend, remote, ndif_host, insecure)
     with spinner("Looking"):
-        findings = [*_this_machine(), _model_here(model, revision, fetch=where.name == "ndif")]
+        findings = [*_this_machine(), _model_here(model, revision, weights=where.name != "ndif")]
         if where.name == "ndif":
             from persona_nnsight.backends.server import Server
 
-            server = Server(ndif_host, insecure=insecure, patience=3.0)
+            server = Server(ndif_host, insecure=insecure)
             findings += _server(server, model, revision)
     if as_json:
         print(json.dumps([asdict(finding) for finding in findings], indent=1, ensure_ascii=False))
@@ -102,16 +102,16 @@ def _this_machine() -> list[Finding]:
     return findings
 
 
-def _model_here(spec: str, revision: str | None, *, fetch: bool) -> Finding:
+def _model_here(spec: str, revision: str | None, *, weights: bool) -> Finding:
     """Whether the model's files are here; for a server its configuration and tokenizer will do."""
     from persona_nnsight.weights import resolve
 
     try:
-        found = resolve(spec, revision=revision, fetch=False, weights=not fetch)
+        found = resolve(spec, revision=revision, fetch=False, weights=weights)
     except PersonaError as error:
         # A run fetches what is missing, so this is no obstacle.
         return Finding("model here", "note", str(error))
-    what = "configuration and tokenizer" if fetch else "weights"
+    what = "weights" if weights else "configuration and tokenizer"
     return Finding("model here", "ok", f"{what} of {found.model_id}")
 
 
@@ -167,19 +167,25 @@ def _versions(environment: dict[str, Any]) -> list[Finding]:
 def _model_there(server: Server, spec: str, revision: str | None) -> Finding:
     """Whether the server runs the model; it is not asked to start it."""
     from persona_nnsight.backends.ndif import model_key
+    from persona_nnsight.backends.server import is_loopback
     from persona_nnsight.models import load_model
 
-    key = model_key(load_model(spec, revision=revision, weights=False), server.host)
-    states = server.deployments().get(key, [])
+    model = load_model(spec, revision=revision, weights=False)
+    if model.weights.is_local and not is_loopback(server.host):
+        text = f"{spec} is only on this machine; name a hub model by --model"
+        return Finding("model there", "note", text)
+    there = server.deployments()
+    states = list(there.get(model_key(model, server.host), {}).values())
     if "RUNNING" in states:
         count = states.count("RUNNING")
-        return Finding("model there", "ok", f"{spec} is running ({count} of it)")
+        replicas = "one replica" if count == 1 else f"{count} replicas"
+        return Finding("model there", "ok", f"{spec} is running ({replicas})")
     if states:
         return Finding("model there", "note", f"{spec} is {', '.join(states).lower()}")
-    others = ", ".join(sorted(map(_named, server.deployments()))) or "none"
+    others = ", ".join(sorted(map(_named, there))) or "none"
     text = (
         f"{spec} is not running; the first job asks the server to start it, which it does if it "
-        f"can and may. Running: {others}"
+        f"knows the model, has room, and lets you. Running: {others}"
     )
     return Finding("model there", "note", text)
 

@@ -80,7 +80,8 @@ def _ask(ledger: Ledger, *, insecure: bool) -> None:
     from persona_nnsight.backends.ledger import SENT
     from persona_nnsight.backends.server import NoAnswerError, Server
 
-    server = Server(ledger.host, insecure=insecure)
+    # Asking after a job needs no key, and a directory is not to say where the key is sent.
+    server = Server(ledger.host, insecure=insecure, with_key=False)
     for job in ledger.jobs.values():
         if job.state == SENT and job.id is not None:
             try:

@@ -83,11 +83,6 @@ def make_backend(
 
     server = Server(where.ndif_host, insecure=where.insecure)
     ledger = None if out is None else _ledger(out, where, _subject(model, dtype, studies))
-    if ledger is not None and ledger.host not in ("", server.host):
-        raise PersonaError(
-            f"The jobs in {str(out)!r} are with {ledger.host} and not with {server.host}; give the "
-            "same --ndif-host, or NDIF_HOST."
-        )
     return NdifBackend(
         model,
         server,
@@ -139,17 +134,18 @@ def _digest(data: Any) -> str:
     return hashlib.sha256(json.dumps(data, sort_keys=True).encode()).hexdigest()[:12]
 
 
-def note_pending(directory: Path, *, interrupted: bool) -> NoReturn:
+def note_pending(directory: Path, *, as_json: bool, interrupted: bool = False) -> NoReturn:
     """Say that a run's jobs go on without this process, and leave.
 
     Job ids go to standard output, so that a script can keep them.
     """
     from persona_nnsight.backends.ledger import Ledger
 
-    jobs = Ledger.load(directory).jobs.values()
-    for job in jobs:
-        if job.id is not None:
-            print(job.id)
+    ids = [job.id for job in Ledger.load(directory).jobs.values() if job.id is not None]
+    if as_json:
+        print(json.dumps({"complete": False, "out": str(directory), "jobs": ids}, indent=1))
+    else:
+        print("\n".join(ids))
     what = "Interrupted; the jobs that were sent go on." if interrupted else "The jobs are sent."
     advice = f"`persona jobs {directory}` shows them, `persona resume {directory}` collects them."
     notes.print(f"{what} {advice}", markup=False, soft_wrap=True)

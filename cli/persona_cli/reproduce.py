@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import math
 from collections.abc import Mapping
+from contextlib import ExitStack, closing
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -15,6 +16,7 @@ from rich.table import Table
 from persona_cli import options as o
 from persona_cli.console import note_step, notes, output
 from persona_cli.pending import is_pending, note_pending
+from persona_cli.progress import progress_bar
 from persona_cli.running import (
     as_records,
     cost_summary,
@@ -22,7 +24,6 @@ from persona_cli.running import (
     note_nothing_finished,
     percent,
     prepare,
-    progress_bar,
     show_costs,
     show_files,
     show_findings,
@@ -129,18 +130,20 @@ def reproduce(
     if ready is None:
         return
     interrupted = False
-    try:
-        with progress_bar("reproduce") as (progress, say):
-            made = carry_out(ready.model, ready.plan, progress, ready.backend(say))
-    except Detached as elsewhere:
-        note_pending(ready.out, interrupted=elsewhere.interrupted)
-    except ReproductionInterrupted as stopped:
-        if is_pending(ready.out):
-            note_pending(ready.out, interrupted=True)
-        interrupted, made = True, stopped.reproduction
-        if not made.results:
-            note_nothing_finished()
-    made.save(ready.out, finishes=where.name == "ndif")
+    with ExitStack() as held:
+        try:
+            with progress_bar("reproduce") as (progress, say):
+                backend = held.enter_context(closing(ready.backend(say)))
+                made = carry_out(ready.model, ready.plan, progress, backend)
+        except Detached:
+            note_pending(ready.out, as_json=run.as_json)
+        except ReproductionInterrupted as stopped:
+            if is_pending(ready.out):
+                note_pending(ready.out, as_json=run.as_json, interrupted=True)
+            interrupted, made = True, stopped.reproduction
+            if not made.results:
+                note_nothing_finished()
+        made.save(ready.out, finishes=where.name == "ndif")
     note_step("Drawing the figures")
     write_report([ready.out])
     if run.as_json:

@@ -4,15 +4,14 @@ from __future__ import annotations
 
 import json
 import math
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Sequence
+from contextlib import ExitStack, closing
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Generic, NoReturn, TypeVar
 
 import typer
 from rich.console import RenderableType
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 from rich.table import Table
 from rich.text import Text
 
@@ -25,6 +24,7 @@ from persona_cli.pending import (
     make_backend,
     note_pending,
 )
+from persona_cli.progress import progress_bar
 
 if TYPE_CHECKING:
     import pandas as pd
@@ -148,23 +148,25 @@ def run_experiment(
     if ready is None:
         return
     interrupted = False
-    try:
-        with progress_bar(ready.plan[0].command) as (progress, say):
-            results = execute_together(
-                ready.model, [(grid, plan) for plan in ready.plan], progress, ready.backend(say)
-            )
-    except Detached as elsewhere:
-        note_pending(ready.out, interrupted=elsewhere.interrupted)
-    except Interrupted as stopped:
-        if is_pending(ready.out):
-            note_pending(ready.out, interrupted=True)
-        interrupted = True
-        if 0 not in stopped.results:
-            note_nothing_finished()
-        results = [stopped.results[0]]
-    result = results[0]
-    result.save(ready.out, finishes=where.name == "ndif")
-    more = [save_beside(beside) for beside in results[1:] if save_beside is not None]
+    with ExitStack() as held:
+        try:
+            with progress_bar(ready.plan[0].command) as (progress, say):
+                backend = held.enter_context(closing(ready.backend(say)))
+                studies = [(grid, plan) for plan in ready.plan]
+                results = execute_together(ready.model, studies, progress, backend)
+        except Detached:
+            note_pending(ready.out, as_json=run.as_json)
+        except Interrupted as stopped:
+            if is_pending(ready.out):
+                note_pending(ready.out, as_json=run.as_json, interrupted=True)
+            interrupted = True
+            if 0 not in stopped.results:
+                note_nothing_finished()
+            results = [stopped.results[0]]
+        # The run last: with it goes what a server's run could be gone on with.
+        more = [save_beside(beside) for beside in results[1:] if save_beside is not None]
+        result = results[0]
+        result.save(ready.out, finishes=where.name == "ndif")
     if run.as_json:
         print(json.dumps(_summary(result, ready.out), indent=1, ensure_ascii=False))
     else:
@@ -200,33 +202,6 @@ def _quiet_libraries(verbose: bool) -> None:
 
     logging.disable_progress_bar()
     logging.set_verbosity_error()
-
-
-@contextmanager
-def progress_bar(
-    command: str,
-) -> Iterator[tuple[Callable[[int, int], None], Callable[[str], None]]]:
-    """A bar with rows done and time left, on standard error.
-
-    Yields what moves it, and what puts a few words beside it.
-    """
-    bar = Progress(
-        TextColumn("{task.description}", markup=False),
-        BarColumn(),
-        MofNCompleteColumn(),
-        TextColumn("rows, about"),
-        TimeRemainingColumn(compact=True),
-        TextColumn("left"),
-        console=notes,
-        transient=True,
-        disable=not notes.is_terminal,  # else an empty line is all that is left of it
-    )
-    with bar:
-        task = bar.add_task(command, total=None)
-        yield (
-            lambda done, total: bar.update(task, completed=done, total=total),
-            lambda words: bar.update(task, description=f"{command}: {words}"),
-        )
 
 
 def show_costs(

@@ -27,15 +27,7 @@ EngineFunction: TypeAlias = Callable[[Any, ModuleTree, Plan, Limits], Iterator[E
 
 
 class Detached(Exception):  # noqa: N818 - nothing went wrong
-    """The jobs of a run are with a server, and its results are not here yet.
-
-    Attributes:
-        interrupted: whether that is because of Ctrl-C.
-    """
-
-    def __init__(self, host: str, *, interrupted: bool = False) -> None:
-        super().__init__(f"the jobs are with {host}")
-        self.interrupted = interrupted
+    """The jobs of a run are with a server, as was asked, and its results are not here yet."""
 
 
 class Backend(Protocol):
@@ -52,5 +44,8 @@ class Backend(Protocol):
             Detached: the work goes on elsewhere without this process.
         """
 
-    def record(self) -> dict[str, Any]:
-        """What ``run.json`` says of where the work was done, as JSON-like data."""
+    def record(self, plan: Plan | None = None) -> dict[str, Any]:
+        """What ``run.json`` says of where a plan was carried out, or all plans; JSON-like data."""
+
+    def close(self) -> None:
+        """Let go of what is held for a run."""

@@ -11,12 +11,18 @@ from nnsight.schema.request import RequestModel
 
 from persona_nnsight.backends import EngineFunction, job, there
 from persona_nnsight.backends.shipping import shipped_name, shipped_sources
+from persona_nnsight.models import Model
 from persona_nnsight.plan import Plan
 from persona_nnsight.plan_data import to_data
 
 
+def job_sources(function: EngineFunction) -> dict[str, str]:
+    """The source text that a job of `function` ships (`shipping.shipped_sources`)."""
+    return shipped_sources((job.__name__, function.__module__))
+
+
 def run_block(
-    lm: Any, function: EngineFunction, plan: Plan, dtype: str | None, backend: Any
+    model: Model, function: EngineFunction, plan: Plan, dtype: str | None, backend: Any
 ) -> dict[str, Any] | None:
     """Open an nnsight session on `backend` whose body is one job.
 
@@ -24,7 +30,7 @@ def run_block(
     understand differently.
 
     Args:
-        lm: the nnsight model, weightless for a server.
+        model: without weights for a server.
         function: of the engine.
         plan: all of it is one job.
         dtype: what the weights there have to be, or None.
@@ -34,13 +40,15 @@ def run_block(
         The answer of `persona_nnsight.backends.job.run_job`, or None where the backend only keeps
         the request.
     """
-    sources = shipped_sources((job.__name__, function.__module__))
+    sources = job_sources(function)
     entry = f"{shipped_name(job.__name__, sources)}:{job.run_job.__name__}"
     request = {
         "function": f"{shipped_name(function.__module__, sources)}:{function.__name__}",
         "plan": json.dumps(to_data(plan)),
         "dtype": dtype,
+        "attention": model.attention,
     }
+    lm: Any = model.lm
     bootstrap = inspect.getsource(there)
     answer: dict[str, Any] | None = None  # nnsight sets it, from the block, which is not run here
     with lm.session(backend=backend):

@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
+import json
 import math
 import time
+from collections import Counter
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import Any
 
 from persona_nnsight.backends import EngineFunction
 from persona_nnsight.backends.block import Envelope, run_block
@@ -14,24 +15,37 @@ from persona_nnsight.backends.ledger import DONE, FAILED, SENT, WAITING, Job, Le
 from persona_nnsight.backends.packing import unpack
 from persona_nnsight.backends.server import Answer, JobLostError, Server
 from persona_nnsight.backends.versions import require_same_nnsight
-from persona_nnsight.engine import Event, Recorded
+from persona_nnsight.engine import Event, Recorded, Scored, Written
 from persona_nnsight.errors import PersonaError
+from persona_nnsight.models import Model
 from persona_nnsight.plan import Plan
 
-#: Seconds before a passing trouble of the server is met again.
+#: Seconds before a passing trouble of the server is met again, doubled each time.
 _PAUSE = 5.0
 #: A job of which the server has said nothing new for so many seconds may be lost.
 _SILENCE = 30.0
 #: A queued job is given up after so much silence: where the server was seen to be away since the
 #: job was sent, and where it was not (jobs of other people may take their time).
 _GIVE_UP_AFTER_OUTAGE, _GIVE_UP = 120.0, 900.0
+#: A running job says nothing until it ends; servers stop jobs earlier than this.
+_GIVE_UP_RUNNING = 7200.0
 #: A server that does not answer at all is given up after so many seconds while nothing was sent.
 _FIRST_PATIENCE = 15.0
 #: A job is sent at most so often before somebody is told.
 _ATTEMPTS = 3
 
-#: The server's own troubles, which another attempt may not meet.
-_PASSING = ("Critical server error", "Error provisioning model", "Error starting model")
+#: How the server begins to tell of its own troubles, which another attempt may not meet.
+_PASSING = (
+    "Critical server error",
+    "Error provisioning model",
+    "Error starting model",
+    "Error submitting request",
+    "Replica was evicted",
+)
+
+
+class HopelessError(PersonaError):
+    """The same job would fail again."""
 
 
 @dataclass
@@ -45,6 +59,7 @@ class Part:
         attempts: how often it was sent by this process.
         last_news: when the server last said something new of it, by the monotonic clock.
         last_doubt: when it was last looked into whether it is lost.
+        replicas: of the model, when the job was first seen running.
     """
 
     job: Job
@@ -53,14 +68,14 @@ class Part:
     attempts: int = 0
     last_news: float = 0.0
     last_doubt: float = 0.0
+    replicas: frozenset[str] = frozenset()
 
 
 class Courier:
     """Sends jobs, asks after them and takes their results, for one model on one server.
 
     Args:
-        lm: the weightless nnsight model.
-        model_id: what the user calls it.
+        model: without weights.
         model_key: what the server calls it.
         server: the server.
         dtype: what the weights there have to be, or None.
@@ -70,16 +85,15 @@ class Courier:
 
     def __init__(
         self,
-        lm: Any,
+        model: Model,
         *,
-        model_id: str,
         model_key: str,
         server: Server,
         dtype: str | None,
         ledger: Ledger,
         notify: Callable[[str], None],
     ) -> None:
-        self.lm, self.model_id, self.model_key = lm, model_id, model_key
+        self.model, self.model_key = model, model_key
         self.server, self.dtype, self.ledger, self.notify = server, dtype, ledger, notify
         self._checked = False
         self._last_outage = 0.0
@@ -104,8 +118,8 @@ class Courier:
             require_same_nnsight(environment, self.server.host)
             self._checked = True
         envelope = Envelope()
-        run_block(self.lm, function, part.plan, self.dtype, envelope)
-        env = self.lm._remoteable_get_env()
+        run_block(self.model, function, part.plan, self.dtype, envelope)
+        env = self.model.lm._remoteable_get_env()
 
         def submit() -> str:
             return self.server.submit(self.model_key, env, envelope.blob)
@@ -142,6 +156,8 @@ class Courier:
             job.status, job.description = answer.status, answer.description
             part.last_news = time.monotonic()
             self.ledger.save()
+        if answer.status == "RUNNING" and not part.replicas:
+            part.replicas = frozenset(self._replicas())
         if answer.status == "COMPLETED":
             self._take(part, answer)
         elif answer.status == "ERROR":
@@ -167,14 +183,17 @@ class Courier:
             served = {name: facts[name] for name in ("dtype", "device", "attention", "versions")}
             if not (math.isfinite(started) and math.isfinite(seconds)):
                 raise ValueError("times that are no numbers")
-            if _count(unpack(result["events"], result["tensors"])) != part.plan.n_results:
-                raise ValueError("another number of rows")
+            json.dumps(served)
+            # A tensor of its own each: a server may send several that share memory.
+            tensors = {name: value.clone() for name, value in result["tensors"].items()}
+            if not _complete(part.plan, unpack(result["events"], tensors)):
+                raise ValueError("other rows")
         except Exception as error:  # whatever was sent in its place
             raise PersonaError(
                 f"The result that {self.server.host} sent cannot be read as the job's "
                 f"({type(error).__name__}); nothing of it was used."
             ) from error
-        self.ledger.keep(job, result["events"], result["tensors"])
+        self.ledger.keep(job, result["events"], tensors)
         self.ledger.server = served
         job.state, job.bytes_down = DONE, size
         job.started, job.ended = started, started + seconds
@@ -186,9 +205,9 @@ class Courier:
     def _fail(self, part: Part, answer: Answer) -> None:
         job = part.job
         words = answer.description
-        if any(passing in words for passing in _PASSING):
+        if words.startswith(_PASSING):
             self.notify(_one_line(words))
-            time.sleep(_PAUSE)
+            time.sleep(_PAUSE * 2 ** (part.attempts - 1))
             self._again(part, words)
             return
         if words.startswith("Could not deploy this model"):
@@ -196,21 +215,25 @@ class Courier:
             for other in self.ledger.jobs.values():
                 if other.state == SENT:
                     other.state, other.id = WAITING, None
-            raise PersonaError(
-                f"{self.server.host} cannot serve {self.model_id!r} ({_one_line(_gist(words))}); "
-                "`persona doctor --backend ndif --model ...` says which models it has."
+            self.ledger.save()
+            raise HopelessError(
+                f"{self.server.host} cannot serve {self.model.weights.model_id!r} "
+                f"({_one_line(_gist(words))}); `persona doctor --backend ndif --model ...` says "
+                "which models it has."
             )
         job.state = FAILED
         self.ledger.save()
-        lines = [line for line in words.strip().splitlines() if line.strip()] or ["no reason given"]
-        kind, _, message = lines[-1].partition(": ")
+        gist = _gist(words)
+        kind, _, message = gist.partition(": ")
         if kind.rpartition(".")[2] == PersonaError.__name__:
-            raise PersonaError(message)
-        kept = self.ledger.directory
-        where = "" if kept is None else f"; `persona jobs -v {kept}` shows what the server said"
+            raise HopelessError(message)
+        advice = ""
+        if "execution timeout" in gist:
+            advice = "; use fewer --layers or --positions at a time, or fewer --conditions"
+        elif self.ledger.directory is not None:
+            advice = f"; `persona jobs -v {self.ledger.directory}` shows what the server said"
         raise PersonaError(
-            f"A job of {job.cells} cells failed on {self.server.host} ({_one_line(lines[-1])})"
-            f"{where}."
+            f"A job of {job.cells} cells failed on {self.server.host} ({_one_line(gist)}){advice}."
         )
 
     # -- whether it ends -------------------------------------------------------------------------
@@ -230,11 +253,14 @@ class Courier:
         them stays where it was written.
         """
         job = part.job
-        states = self.server.patiently(self.server.deployments, self._outage)
+        replicas = self._replicas()
         starting = job.status in ("PROVISIONING", "DEPLOYING")  # which may take minutes
-        if not starting and not states.get(self.model_key):
+        if not starting and not replicas:
             return "the server has been restarted since, or has dropped the model"
         if job.status == "RUNNING":
+            gone = part.replicas and part.replicas.isdisjoint(replicas)
+            if gone or time.monotonic() - part.last_news > _GIVE_UP_RUNNING:
+                return "what ran it is gone from the server"
             return None
         sent = job.sent or 0.0
         # Jobs of one model are taken in the order in which they came.
@@ -244,6 +270,11 @@ class Courier:
             trouble = "did not finish starting the model" if starting else "no longer works on it"
             return f"the server {trouble}"
         return None
+
+    def _replicas(self) -> dict[str, str]:
+        """The replicas of our model, with their states."""
+        found = self.server.patiently(self.server.deployments, self._outage)
+        return found.get(self.model_key, {})
 
     def _outage(self, words: str) -> None:
         """The server did not answer: it may be another one when it is back."""
@@ -258,16 +289,37 @@ class Courier:
         self.ledger.save()
 
 
-def _count(events: Sequence[Event]) -> int:
-    """How many results there are, as `Plan.n_results` counts them."""
-    return sum(len(event.cells) if isinstance(event, Recorded) else 1 for event in events)
+def _complete(plan: Plan, events: Sequence[Event]) -> bool:
+    """Whether these are the plan's results, each once."""
+    wanted: Counter[tuple[str, int, int]] = Counter()
+    for cell in range(len(plan.cells)):
+        wanted["recorded", cell, 0] += 1
+        for number, edit in enumerate(plan.edits):
+            if edit.runs_on(cell):
+                wanted["scored", cell, number] += edit.scored
+                wanted["written", cell, number] += edit.generate > 0
+    found: Counter[tuple[str, int, int]] = Counter()
+    for event in events:
+        match event:
+            case Recorded():
+                found.update(("recorded", cell, 0) for cell in event.cells)
+                if plan.keeps_residuals != (event.residuals is not None):
+                    return False
+            case Scored():
+                found["scored", event.cell, event.edit] += 1
+            case Written():
+                found["written", event.cell, event.edit] += 1
+    return +wanted == found
 
 
 def _gist(text: str) -> str:
     """A text without the traceback that it may end with, but for that one's last line."""
     before, found, trace = text.partition("Traceback (most recent call last)")
-    lines = trace.strip().splitlines()
-    return f"{before.strip()} {lines[-1]}" if found and lines else text
+    lines = [line for line in trace.splitlines() if line.strip()]
+    while lines and not lines[-1].strip(" ^~"):
+        lines.pop()  # what marks a place in the line above
+    gist = f"{before.strip()} {lines[-1]}" if found and lines else text
+    return gist.strip() or "no reason given"
 
 
 def _one_line(text: str) -> str:

@@ -10,6 +10,8 @@ import json
 import os
 import platform
 import time
+from collections.abc import Iterator
+from contextlib import contextmanager
 from importlib import import_module
 from typing import Any
 
@@ -19,13 +21,14 @@ import transformers
 
 from persona_nnsight.backends.packing import pack
 from persona_nnsight.costs import Limits, fit_limits
+from persona_nnsight.engine.prefill import is_far
 from persona_nnsight.errors import PersonaError
 from persona_nnsight.module_tree import ModuleTree, find_tree
 from persona_nnsight.plan import Plan
 from persona_nnsight.plan_data import from_data
 
 
-def run_job(lm: Any, function: str, plan: str, dtype: str | None) -> dict[str, Any]:
+def run_job(lm: Any, function: str, plan: str, dtype: str | None, attention: str) -> dict[str, Any]:
     """Carry out a plan with a function of the engine, and pack what it yields.
 
     Args:
@@ -33,13 +36,15 @@ def run_job(lm: Any, function: str, plan: str, dtype: str | None) -> dict[str, A
         function: ``module:name`` of a function like `persona_nnsight.engine.run`.
         plan: the plan's data as JSON.
         dtype: what the weights have to be, such as ``float32``; None takes what the server has.
+        attention: the attention implementation of the model on the client's side.
 
     Returns:
         ``events`` and ``tensors`` of `persona_nnsight.backends.packing`, and ``facts``: what this
         ran on, and how long.
 
     Raises:
-        PersonaError: a value that is not finite, a model the engine cannot run, or another dtype.
+        PersonaError: a value that is not finite, a model the engine cannot run, another dtype, or
+            an attention implementation that leaves out what was asked for.
     """
     started, start = time.time(), time.perf_counter()
     asked = from_data(json.loads(plan))
@@ -53,14 +58,16 @@ def run_job(lm: Any, function: str, plan: str, dtype: str | None) -> dict[str, A
     tree = find_tree(lm._module, served_dtype)
     module, _, attribute = function.partition(":")
     carry_out = getattr(import_module(module), attribute)
-    events, tensors = pack(carry_out(lm, tree, asked, _limits(asked, tree)))
+    with _attention(lm, attention):
+        served_attention = str(lm._module.config._attn_implementation)
+        events, tensors = pack(carry_out(lm, tree, asked, _limits(asked, tree)))
     return {
         "events": events,
         "tensors": tensors,
         "facts": {
             "dtype": name,
             "device": device,
-            "attention": str(lm._module.config._attn_implementation),
+            "attention": served_attention,
             "started": started,
             "seconds": time.perf_counter() - start,
             "versions": {
@@ -71,6 +78,36 @@ def run_job(lm: Any, function: str, plan: str, dtype: str | None) -> dict[str, A
             },
         },
     }
+
+
+@contextmanager
+def _attention(lm: Any, wanted: str) -> Iterator[None]:
+    """Have the model use the client's attention implementation for the duration of a job.
+
+    nnsight asks the server for it, but servers before 0.8.1 do not listen.
+
+    Raises:
+        PersonaError: it cannot be changed from here, and eager attention was asked for, which some
+            models need: only it computes Gemma 2's cap of the attention logits.
+    """
+    module = lm._module
+    found = module.config._attn_implementation
+    if found == wanted:
+        yield
+    elif not is_far(lm):
+        module.set_attn_implementation(wanted)
+        try:
+            yield
+        finally:
+            module.set_attn_implementation(found)
+    elif wanted == "eager":
+        raise PersonaError(
+            f"The server computes this model with {found} attention, and eager attention was asked "
+            f"for, without which Gemma 2's numbers are others; use --attn {found} to take them, or "
+            "a server with nnsight 0.8.1 or newer."
+        )
+    else:
+        yield
 
 
 def _served(lm: Any, tree: ModuleTree, plan: Plan) -> tuple[torch.dtype, str]:

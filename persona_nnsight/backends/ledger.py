@@ -4,6 +4,7 @@ A run directory holds ``pending.json`` and ``parts/`` until its tables can be wr
 
 * ``pending.json``: how to go on (`Origin`) and one record per job, with the id that the server
   gave it. It is written anew, whole, whenever a job changes, so it is there after a crash.
+* ``.lock``: held by the process that works on the run.
 * ``parts/KEY.safetensors``: what a job returned (`persona_nnsight.backends.packing`). The key is
   a digest of what the job computes, so a part is never taken for another plan's.
 """
@@ -17,14 +18,19 @@ from collections.abc import Iterable, Mapping
 from contextlib import suppress
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import IO, Any
 
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
 from persona_nnsight.errors import PersonaError
-from persona_nnsight.runs import PARTS, PENDING
+from persona_nnsight.runs import LOCK, PARTS, PENDING, RUN
+
+try:
+    import fcntl
+except ImportError:  # Windows has other locks; there nothing guards a directory
+    fcntl = None  # type: ignore[assignment]
 
 _FORMAT = 1
 
@@ -71,7 +77,7 @@ class Origin:
     """How a pending run was started, so that it can be gone on with.
 
     Attributes:
-        argv: the command line after ``persona``, without the directory.
+        argv: the command line after ``persona``.
         cwd: where it was typed.
         subject: what it computes: model, grid, arguments, versions; compared when resuming.
     """
@@ -91,6 +97,7 @@ class Ledger:
         host: the server that has the jobs.
         server: what the server runs, once a job said so: dtype, device, versions.
         jobs: by key, in the order of the plan.
+        loaded: whether it was read from a directory, and is not of this process's making.
     """
 
     directory: Path | None = None
@@ -98,6 +105,8 @@ class Ledger:
     host: str = ""
     server: dict[str, Any] = field(default_factory=dict)
     jobs: dict[str, Job] = field(default_factory=dict)
+    loaded: bool = field(default=False, compare=False)
+    _lock: IO[str] | None = field(default=None, compare=False)
     _results: dict[str, tuple[str, dict[str, Tensor]]] = field(default_factory=dict)
 
     @classmethod
@@ -125,6 +134,7 @@ class Ledger:
                 host=str(data["host"]),
                 server=dict(data["server"]),
                 jobs={job["key"]: _job(job) for job in data["jobs"]},
+                loaded=True,
             )
         except FileNotFoundError:
             raise PersonaError(
@@ -139,12 +149,47 @@ class Ledger:
                 "cannot be collected. Remove the directory and start the run again."
             ) from error
 
+    def claim(self) -> None:
+        """Take the directory for this process, and make it where it is not there.
+
+        Raises:
+            PersonaError: another process has it, or it cannot be written.
+        """
+        if self.directory is None or self._lock is not None:
+            return
+        made = not self.directory.exists()
+        try:
+            self.directory.mkdir(parents=True, exist_ok=True)
+            self._lock = hold(self.directory / LOCK)
+        except OSError as error:
+            raise self._unwritable(error) from error
+        if not self.loaded and any((self.directory / name).exists() for name in (PENDING, RUN)):
+            self.release()
+            raise PersonaError(
+                f"Another run has taken {str(self.directory)!r} meanwhile; choose another --out."
+            )
+        try:
+            self.save()
+        except PersonaError:
+            self.release()
+            if made:
+                with suppress(OSError):
+                    self.directory.rmdir()
+            raise
+
+    def release(self) -> None:
+        """Let go of the directory."""
+        if self._lock is not None and self.directory is not None:
+            (self.directory / LOCK).unlink(missing_ok=True)
+            self._lock.close()
+            self._lock = None
+
     def expect(self, keys: Iterable[tuple[str, int]]) -> list[Job]:
         """The jobs with these (key, cells), made where they are new."""
         return [self.jobs.setdefault(key, Job(key, cells)) for key, cells in keys]
 
     def save(self) -> None:
-        """Write ``pending.json``; the directory is made with the first job that is sent.
+        """Write ``pending.json``.
 
         Raises:
             PersonaError: it cannot be written.
@@ -182,8 +227,9 @@ class Ledger:
                 os.fsync(file.fileno())
             os.replace(partial, path)
         except (OSError, SafetensorError) as error:
-            partial.unlink(missing_ok=True)
             raise self._unwritable(error) from error
+        finally:
+            partial.unlink(missing_ok=True)
 
     def result(self, job: Job) -> tuple[str, dict[str, Tensor]] | None:
         """What a job returned; None where it is not here, whole."""
@@ -202,13 +248,15 @@ class Ledger:
             return
         (self.directory / PENDING).unlink(missing_ok=True)
         shutil.rmtree(self.directory / PARTS, ignore_errors=True)
+        self.release()
         with suppress(OSError):  # it was there before, or holds something
             self.directory.rmdir()
 
-    def record(self) -> dict[str, Any]:
-        """The jobs for ``run.json``."""
-        jobs = list(self.jobs.values())
+    def record(self, keys: Iterable[str] | None = None) -> dict[str, Any]:
+        """The jobs for ``run.json``: those with `keys`, or all."""
+        jobs = [self.jobs[key] for key in (self.jobs if keys is None else keys)]
         return {
+            "argv": None if self.origin is None else list(self.origin.argv),
             "host": self.host,
             "server": self.server,
             "bytes_up": sum(job.bytes_up for job in jobs),
@@ -240,8 +288,35 @@ def _job(data: dict[str, Any]) -> Job:
 def _replace(path: Path, text: str) -> None:
     """Write a file so that it is either the old or the new one, whatever happens."""
     partial = path.with_name(f".{path.name}.partial")
-    with open(partial, "w", encoding="utf-8") as file:
-        file.write(text + "\n")
-        file.flush()
-        os.fsync(file.fileno())
-    os.replace(partial, path)
+    try:
+        with open(partial, "w", encoding="utf-8") as file:
+            file.write(text + "\n")
+            file.flush()
+            os.fsync(file.fileno())
+        os.replace(partial, path)
+    finally:
+        partial.unlink(missing_ok=True)
+
+
+def hold(path: Path) -> IO[str]:
+    """Open a file that one process at a time can hold; closing it lets it go.
+
+    Raises:
+        PersonaError: another process holds it; says which.
+    """
+    file = open(path, "a+", encoding="utf-8")  # noqa: SIM115 - open for as long as it is held
+    try:
+        if fcntl is not None:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        file.seek(0)
+        holder = file.read().strip() or "unknown"
+        file.close()
+        raise PersonaError(
+            f"The run in {str(path.parent)!r} is being worked on by process {holder}; wait for it, "
+            "or stop it."
+        ) from None
+    file.truncate(0)
+    file.write(f"{os.getpid()}\n")
+    file.flush()
+    return file

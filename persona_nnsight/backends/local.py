@@ -37,6 +37,9 @@ class LocalBackend:
                 "This model was loaded without weights; use load_model(...) as it is."
             )
 
-    def record(self) -> dict[str, Any]:
+    def record(self, plan: Plan | None = None) -> dict[str, Any]:
         """See `Backend.record`."""
         return {"name": "local"}
+
+    def close(self) -> None:
+        """See `Backend.close`."""

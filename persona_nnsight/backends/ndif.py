@@ -7,16 +7,17 @@ import json
 import time
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import replace
-from importlib.metadata import version
 from typing import Any
 
 from nnsight.util import to_import_path
 
 from persona_nnsight.backends import Detached, EngineFunction
-from persona_nnsight.backends.courier import Courier, Part
+from persona_nnsight.backends.block import job_sources
+from persona_nnsight.backends.courier import Courier, HopelessError, Part
 from persona_nnsight.backends.ledger import DONE, FAILED, SENT, WAITING, Ledger
 from persona_nnsight.backends.packing import unpack
 from persona_nnsight.backends.server import Server, is_loopback
+from persona_nnsight.backends.shipping import shipped_name
 from persona_nnsight.costs import Limits, estimate, fit_limits
 from persona_nnsight.engine import Event
 from persona_nnsight.errors import PersonaError
@@ -25,7 +26,7 @@ from persona_nnsight.plan import Plan
 from persona_nnsight.plan_data import part_of, to_data
 
 #: A job has as many cells as push this many tokens through the model, within these bounds: a grid
-#: is a handful of jobs, and none of them outlasts what a server allows a job.
+#: is a handful of jobs, and what is lost with one is little.
 _JOB_TOKENS = 60_000
 _MOST_CELLS = 16
 #: Jobs that are with the server at a time: enough for several replicas, and no more than is polite.
@@ -67,9 +68,9 @@ class NdifBackend:
         self.detach = detach
         self.notify = notify or (lambda _: None)
         self.model_key = model_key(model, server.host)
+        self._ran: list[tuple[Plan, list[str]]] = []
         self._courier = Courier(
-            model.lm,
-            model_id=model.weights.model_id,
+            model,
             model_key=self.model_key,
             server=server,
             dtype=dtype,
@@ -84,28 +85,48 @@ class NdifBackend:
         cells = _JOB_TOKENS * len(plan.cells) // tokens
         return replace(whole, cells=min(max(cells, 1), _MOST_CELLS))
 
-    def record(self) -> dict[str, Any]:
+    def record(self, plan: Plan | None = None) -> dict[str, Any]:
         """See `Backend.record`."""
-        return {"name": "ndif", "model_key": self.model_key, **self.ledger.record()}
+        keys = next((keys for known, keys in self._ran if known is plan), None)
+        return {
+            "name": "ndif",
+            "model_key": self.model_key,
+            "revision": self.model.weights.asked_revision,
+            **self.ledger.record(keys),
+        }
+
+    def close(self) -> None:
+        """See `Backend.close`."""
+        self.ledger.release()
 
     def run(self, function: EngineFunction, plan: Plan, limits: Limits) -> Iterator[Event]:
         """See `Backend.run`; a part of the plan is yielded when its job is done.
 
         Raises:
             PersonaError: the server refuses or fails.
-            Detached: after Ctrl-C, or where asked for; the jobs are in the ledger.
+            Detached: where asked for; the jobs are in the ledger.
         """
         parts = self._parts(function, plan, limits.cells)
+        self._ran.append((plan, [part.job.key for part in parts]))
+        self.ledger.claim()
         try:
             yield from self._collect(parts, function)
         except KeyboardInterrupt:
-            if any(part.job.state == SENT for part in parts):
-                raise Detached(self.server.host, interrupted=True) from None
+            self._keep_unless(WAITING)
+            raise
+        except HopelessError:
+            self._keep_unless(WAITING, SENT, FAILED)
             raise
         except PersonaError:
-            if not any(job.state in (SENT, DONE, FAILED) for job in self.ledger.jobs.values()):
-                self.ledger.discard()
+            self._keep_unless(WAITING)
             raise
+
+    def _keep_unless(self, *states: str) -> None:
+        """Save the ledger, or drop it where no job is beyond `states` and none was there before."""
+        if self.ledger.loaded or any(job.state not in states for job in self.ledger.jobs.values()):
+            self.ledger.save()
+        else:
+            self.ledger.discard()
 
     def _parts(self, function: EngineFunction, plan: Plan, cells: int) -> list[Part]:
         starts = range(0, len(plan.cells), cells)
@@ -118,13 +139,14 @@ class NdifBackend:
 
     def _key(self, function: EngineFunction, plan: Plan) -> str:
         """A digest of everything that the numbers of a job depend on."""
+        # What is shipped is named after its text.
+        engine = shipped_name(function.__module__, job_sources(function))
         described = {
-            "function": f"{function.__module__}:{function.__name__}",
+            "function": f"{engine}:{function.__name__}",
             "plan": to_data(plan),
             "model": self.model_key,
             "attention": self.model.attention,
             "dtype": self.dtype,
-            "version": version("persona-nnsight"),
         }
         return hashlib.sha256(json.dumps(described, sort_keys=True).encode()).hexdigest()[:32]
 
@@ -139,13 +161,13 @@ class NdifBackend:
                 missing.append(part)
         pause = _LOOKS[0]
         while missing:
-            at_once = missing if self.detach else missing[:_AHEAD]
             news = False
-            for part in at_once:
-                if part.job.state == WAITING:
-                    self._courier.send(part, function)
-                    news = True
-            for part in list(at_once):
+            room = len(missing) if self.detach else _AHEAD
+            room -= sum(part.job.state == SENT for part in missing)
+            for part in [part for part in missing if part.job.state == WAITING][: max(room, 0)]:
+                self._courier.send(part, function)
+                news = True
+            for part in [part for part in missing if part.job.state == SENT]:
                 news = self._courier.look(part, parts) or news
                 if part.job.state == DONE:
                     missing.remove(part)
@@ -168,13 +190,13 @@ class NdifBackend:
             return None  # a file that was changed by hand
 
     def _in_words(self, parts: Sequence[Part]) -> str:
-        """How the jobs are: ``1 of 4 jobs done, 1 running, 2 queued (position 3)``."""
+        """How the jobs are: ``1/4 jobs, 1 running, 2 waiting (Moved to position 3 in Queue)``."""
         jobs = [part.job for part in parts]
         done = sum(job.state == DONE for job in jobs)
         sent = [job for job in jobs if job.state == SENT]
         running = sum(job.status == "RUNNING" for job in sent)
         queued = [job for job in sent if job.status != "RUNNING"]
-        words = [f"{done} of {len(jobs)} jobs done"]
+        words = [f"{done}/{len(jobs)} jobs"]
         if running:
             words.append(f"{running} running")
         if queued:

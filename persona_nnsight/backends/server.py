@@ -63,26 +63,32 @@ class Server:
         insecure: allow plain http to other machines, where anybody on the way can read the key and
             the results.
         patience: seconds for which a server that stops answering is asked again.
+        with_key: False never sends the API key.
 
     Raises:
         PersonaError: a URL that is none, or one that is not safe.
     """
 
     def __init__(
-        self, host: str | None = None, *, insecure: bool = False, patience: float = 300.0
+        self,
+        host: str | None = None,
+        *,
+        insecure: bool = False,
+        patience: float = 300.0,
+        with_key: bool = True,
     ) -> None:
         from nnsight import CONFIG
 
         self.host = (host or CONFIG.API.HOST).rstrip("/")
         self.insecure = insecure
         self.patience = patience
-        self._key = (CONFIG.API.APIKEY or "").strip()
+        self._key = (CONFIG.API.APIKEY or "").strip() if with_key else ""
         if not (self._key.isascii() and self._key.isprintable()):
             raise PersonaError(
                 "The API key has characters that no key has (it is not shown here); set "
                 "NDIF_API_KEY anew."
             )
-        self._check_url(self.host, "The NDIF host")
+        self._check_url(self.host, "The NDIF host", bare_only=True)
         # A proxy has no business between this machine and itself.
         self._http = httpx.Client(timeout=_TIMEOUT, trust_env=not is_loopback(self.host))
 
@@ -91,18 +97,24 @@ class Server:
         """Whether an API key is configured (``NDIF_API_KEY``, or nnsight's configuration)."""
         return bool(self._key)
 
-    def _check_url(self, url: str, what: str) -> None:
+    def _check_url(self, url: str, what: str, *, bare_only: bool = False) -> None:
         try:
             parts = urlsplit(url)
             whole = parts.scheme in ("http", "https") and bool(parts.hostname)
             whole = whole and (parts.port is None or parts.port > 0) and bool(httpx.URL(url).host)
             whole = whole and not any(letter.isspace() for letter in url)
+            bare = not (parts.username or parts.password or parts.query or parts.fragment)
         except (ValueError, httpx.InvalidURL):
-            whole = False
+            whole = bare = False
         if not whole:
             raise PersonaError(
                 f"{what} {url!r} is not a URL; write it like https://ndif.example.org or "
                 "http://127.0.0.1:8001."
+            )
+        if bare_only and not bare:
+            raise PersonaError(
+                f"{what} must be an address alone, without a name, password or ?query, which would "
+                "end up in files; the API key comes from NDIF_API_KEY."
             )
         if parts.scheme == "http" and not is_loopback(url) and not self.insecure:
             raise PersonaError(
@@ -143,8 +155,8 @@ class Server:
             ) from error
         return data
 
-    def deployments(self) -> dict[str, list[str]]:
-        """The states of the replicas (RUNNING, DEPLOYING, ...) by model key.
+    def deployments(self) -> dict[str, dict[str, str]]:
+        """The replicas by model key, each by its id with its state (RUNNING, DEPLOYING, ...).
 
         Raises:
             NoAnswerError: it does not answer now.
@@ -152,11 +164,12 @@ class Server:
         answer = self._get("/status")
         try:
             found = answer.json()["deployments"]
-            states: dict[str, list[str]] = {}
+            replicas: dict[str, dict[str, str]] = {}
             for name, replica in found.items():
-                key = replica.get("model_key") or name
-                states.setdefault(key, []).append(str(replica.get("application_state")))
-            return states
+                key, identity = replica.get("model_key") or name, replica.get("replica_id") or name
+                state = str(replica.get("application_state"))
+                replicas.setdefault(key, {})[str(identity)] = state
+            return replicas
         except (ValueError, KeyError, TypeError, AttributeError) as error:
             raise NoAnswerError(self._detail(answer)) from error
 
@@ -212,7 +225,7 @@ class Server:
         except (ValueError, KeyError, TypeError) as error:
             raise PersonaError(
                 f"{self.host} refuses the job (HTTP {answer.status_code}: {self._detail(answer)}); "
-                "`persona doctor --backend ndif` compares this machine and the server."
+                "`persona doctor --backend ndif --model ...` compares this machine and the server."
             ) from error
 
     def ask(self, job: str) -> Answer | None:
@@ -298,8 +311,8 @@ class Server:
                 left = started + limit - time.monotonic()
                 if left <= 0:
                     raise PersonaError(
-                        f"{self.host} does not answer ({error}); check the address, and "
-                        "`persona doctor --backend ndif`."
+                        f"{self.host} does not answer ({error}); check the address and "
+                        "the network, or try again later."
                     ) from error
                 waiting(f"no answer, trying again ({error})")
                 time.sleep(min(pause, max(left, 0.05)))

@@ -25,11 +25,11 @@ class SimulatedBackend(LocalBackend):
 
         for start in range(0, len(plan.cells), limits.cells):
             part = part_of(plan, range(start, min(start + limits.cells, len(plan.cells))))
-            lm = self.model.lm
-            answer = run_block(lm, function, part, None, LocalSimulationBackend(lm))
+            nnsight_backend = LocalSimulationBackend(self.model.lm)
+            answer = run_block(self.model, function, part, None, nnsight_backend)
             assert answer is not None
             yield from unpack(answer["events"], answer["tensors"], start)
 
-    def record(self) -> dict[str, Any]:
+    def record(self, plan: Plan | None = None) -> dict[str, Any]:
         """See `Backend.record`."""
         return {"name": "simulate"}

@@ -35,7 +35,7 @@ def run(lm: Any, sources: dict[str, str], entry: str, request: dict[str, Any]) -
 
 @contextmanager
 def _importable(sources: dict[str, str]) -> Iterator[None]:
-    """Make the modules importable, and leave no trace of them: the process serves others too."""
+    """Make the modules importable, and forget them afterwards: the process serves others too."""
     finder = _Shipped(sources)
     sys.meta_path.insert(0, finder)
     try:

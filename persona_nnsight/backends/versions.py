@@ -74,10 +74,10 @@ def require_same_nnsight(environment: Mapping[str, Any], host: str) -> None:
     if pair.fatal:
         theirs = pair.there or "no nnsight that it names"
         series = ".".join(map(str, _series(pair.there or "") or ()))
-        remedy = f"install nnsight {series}.* here" if series else "ask who runs the server"
+        other = f"a release of persona-nnsight for nnsight {series}" if series else "another server"
         raise PersonaError(
             f"{host} runs nnsight {theirs} and this machine {pair.here}, which cannot read each "
-            f"other's jobs; {remedy}, or use a server that runs {_series_text(pair.here)}.*."
+            f"other's jobs; use {other}, or a server that runs {_series_text(pair.here)}.*."
         )
 
 

@@ -56,14 +56,28 @@ class Chunk:
         Where there is one, it is read from the norm that it goes through first: a server's sandbox
         hands out copies of a module's arguments and puts them in their place, and a decoder layer
         has the cache among its arguments, which would stay behind.
+
+        Raises:
+            PersonaError: layer 0 in a sandbox, of a model without such a norm.
         """
         norm = self.tree.input_norm
-        read: Tensor = (self.layers[layer].get(norm) if norm else self.layers[layer]).input
+        if norm is None:
+            return self.editable_residual(layer)
+        read: Tensor = self.layers[layer].get(norm).input
         return read
 
     def editable_residual(self, layer: int) -> Tensor:
-        """The same, to be edited in place: what the layer below leaves."""
+        """The same, to be edited in place: what the layer below leaves.
+
+        Raises:
+            PersonaError: layer 0 in a sandbox.
+        """
         if layer == 0:
+            if is_far(self.lm):
+                raise PersonaError(
+                    "A server that runs jobs in a sandbox cannot do this at layer 0; leave layer 0 "
+                    "out (--layers 1-... in place of all)."
+                )
             first: Tensor = self.layers[0].input
             return first
         below = self.layers[layer - 1].output
@@ -108,9 +122,8 @@ def prefill(lm: Any, plan: Plan, cells: Sequence[CellPlan]) -> Prefix:
     length = max(map(len, openings))
     padded = [[plan.pad_id] * (length - len(ids)) + list(ids) for ids in openings]
     seen = [[0] * (length - len(ids)) + [1] * len(ids) for ids in openings]
-    # A server's sandbox runs this far from the weights, with a model that has none: the forward's
-    # own output says where tensors live.
-    begin = torch.device("cpu") if lm.device.type == "meta" else lm.device
+    # Far from the weights, the forward's own output says where tensors live.
+    begin = torch.device("cpu") if is_far(lm) else lm.device
     opening = torch.tensor(padded, device=begin)
     mask = torch.tensor(seen, device=begin)
     with lm.trace(
@@ -137,6 +150,11 @@ def prefill(lm: Any, plan: Plan, cells: Sequence[CellPlan]) -> Prefix:
         tails=torch.tensor(tails, device=device),
         row={index: row for row, index in enumerate(prompts)},
     )
+
+
+def is_far(lm: Any) -> bool:
+    """Whether the weights are in another process, as in a server's sandbox, where lm has none."""
+    return bool(lm.device.type == "meta")
 
 
 def select_rows(cache: DynamicCache, rows: Tensor, first_layer: int = 0) -> DynamicCache:

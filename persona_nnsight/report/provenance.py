@@ -21,6 +21,10 @@ def provenance(run: Run) -> Facts:
     elif "argv" in manifest:
         rows.append(("command line", f"none: {run.command} was called from Python"))
     rows += [(f"model {name}", str(model[name])) for name in _MODEL if model.get(name) is not None]
+    where = run.facts("backend")
+    if where.get("host"):
+        jobs = where.get("jobs") or []
+        rows.append(("server", f"{where['host']} (NDIF), {len(jobs)} jobs"))
     size = [
         f"{model[name]:,} {label}"
         for name, label in (

@@ -165,8 +165,6 @@ def carry_out(
             results.update((found[part].table, r) for part, r in stopped.results.items())
             raise ReproductionInterrupted(reproduction(complete=False)) from stopped
         except Detached as elsewhere:
-            if elsewhere.interrupted:
-                raise
             detached = elsewhere  # the other passes' jobs can be on their way too
             continue
         results.update(zip((study.table for study in found), made, strict=True))

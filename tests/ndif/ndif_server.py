@@ -13,7 +13,6 @@ import argparse
 import contextlib
 import json
 import os
-import secrets
 import shutil
 import signal
 import socket
@@ -82,7 +81,8 @@ class NdifServer:
         self.state, self.venv = state, venv
         known = state / "state.json"
         data = json.loads(known.read_text(encoding="utf-8")) if known.exists() else None
-        self.mark: str = data["mark"] if data else secrets.token_hex(8)
+        # Processes are found again by it, also where a start was cut off before it was written.
+        self.mark = str(state.resolve())
         self.temporary: str | None = data["temporary"] if data else None
         self.ports = Ports(**data["ports"]) if data else _free_ports()
 
@@ -244,12 +244,12 @@ class NdifServer:
         return str(self.venv / "bin" / name)
 
     def _save(self) -> None:
-        data = {"mark": self.mark, "temporary": self.temporary, "ports": asdict(self.ports)}
+        data = {"temporary": self.temporary, "ports": asdict(self.ports)}
         (self.state / "state.json").write_text(json.dumps(data), encoding="utf-8")
 
     def _processes(self, name: str | None = None) -> list[psutil.Process]:
         """All processes of this server, or of one part of it."""
-        mark = f"{self.mark}:{name}" if name else f"{self.mark}:"
+        mark = f"{self.mark}:{name or ''}"
         found = []
         for process in psutil.process_iter():
             try:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Callable, Iterator
 from itertools import pairwise
 from pathlib import Path
 
@@ -88,13 +89,60 @@ def test_as_on_this_machine(
         assert where["bytes_down"] < 50_000 * len(where["jobs"])
 
 
-def test_in_the_sandbox_of_a_public_server(ndif: NdifServer, persona: Persona) -> None:
+@pytest.fixture
+def sandbox(ndif: NdifServer) -> Iterator[None]:
+    """Jobs run as a public server runs those of people it does not know: far from the weights."""
     ndif.use_sandbox(True)
-    try:
-        run_both(persona, *COMMANDS["substitute"])
-    finally:
-        ndif.use_sandbox(False)
+    yield
+    ndif.use_sandbox(False)
+
+
+@pytest.mark.parametrize("command", ["substitute", "inject"])
+def test_in_the_sandbox_of_a_public_server(
+    command: str, sandbox: None, ndif: NdifServer, persona: Persona
+) -> None:
+    run_both(persona, *COMMANDS[command])
     assert_same_tables()
+    if command == "inject":
+        assert Path("here/text.jsonl").read_text() == Path("there/text.jsonl").read_text()
+
+
+def test_a_family_without_an_input_norm_in_the_sandbox(
+    sandbox: None, ndif: NdifServer, persona: Persona, tiny_dir: Callable[..., Path]
+) -> None:
+    cells = ("--grid", "grid.yaml", "--model", tiny_dir("olmo2"), "--layers", "2,4")
+    run_both(persona, "substitute", *cells, "--positions", "p_last,g1,g2", "--generate", 6)
+    assert_same_tables()
+    assert Path("here/text.jsonl").read_text() == Path("there/text.jsonl").read_text()
+
+
+def test_attention_is_that_of_this_machine(
+    ndif: NdifServer, persona: Persona, tiny_dir: Callable[..., Path]
+) -> None:
+    """Gemma 2 needs eager attention, and the server loads it with another."""
+    cells = ("--grid", "grid.yaml", "--model", tiny_dir("gemma2"), "--layers", "2,4")
+    manifest = run_both(persona, "substitute", *cells, "--positions", "p_last,g1")
+    assert_same_tables()
+    assert manifest["model"]["attention"] == "eager"  # type: ignore[index]
+    # The next one finds the model as it was.
+    again = persona("capture", *cells, "--attn", "sdpa", "--remote", "--out", "again")
+    assert again.code == 0, again.err
+    assert json.loads(Path("again/run.json").read_text())["model"]["attention"] == "sdpa"
+
+
+def test_what_a_sandbox_cannot_do(
+    sandbox: None, ndif: NdifServer, persona: Persona, tiny_dir: Callable[..., Path]
+) -> None:
+    cells = ("--grid", "grid.yaml", "--model", tiny_dir("gemma2"), "--layers", "0,2")
+    done = persona("substitute", *cells, "--generate", 4, "--remote", "--out", "there")
+    assert done.code == 2
+    assert "eager attention was asked for" in done.err
+    done = persona(
+        *("substitute", *cells, "--attn", "sdpa", "--generate", 4, "--remote", "--out", "there")
+    )
+    assert done.code == 2
+    assert "cannot do this at layer 0" in done.err
+    assert not Path("there").exists()
 
 
 def test_texts_are_the_same_to_the_letter(ndif: NdifServer, persona: Persona) -> None:
