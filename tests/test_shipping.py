@@ -17,7 +17,7 @@ from conftest import TINY_GRID
 from nnsight.intervention.serialization import CustomCloudUnpickler, loads
 from test_texts_and_steering import MARKED
 
-from persona_nnsight import Grid, Model, capture
+from persona_nnsight import Grid, Model, PersonaError, capture
 from persona_nnsight.backends import job, shipping, there
 from persona_nnsight.backends.block import Envelope, run_block
 from persona_nnsight.backends.packing import pack, unpack
@@ -170,7 +170,7 @@ def test_the_payload_holds_no_code(tiny: Tiny) -> None:
     plain = {name: value for name, value in everything.items() if is_data(value)}
     assert plain.keys() >= {"sources", "entry", "request", "bootstrap"}
     assert everything.keys() - plain.keys() - {"__builtins__"} <= {"lm", "nnsight", "Any"}
-    assert set(plain["request"]) == {"function", "plan", "dtype"}
+    assert set(plain["request"]) == {"function", "plan", "dtype", "attention"}
     assert from_data(json.loads(plain["request"]["plan"])) == plan
 
 
@@ -403,9 +403,7 @@ def test_attention_is_the_clients_for_a_job_and_then_as_before(tiny: Tiny) -> No
     assert config._attn_implementation == "sdpa"
 
 
-def test_attention_that_cannot_be_changed(
-    tiny: Tiny, tiny_dir: Callable[..., Path], monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_attention_that_cannot_be_changed(tiny: Tiny, monkeypatch: pytest.MonkeyPatch) -> None:
     """In a sandbox: eager is insisted on, since a model may need it, and others are taken."""
     plan = plan_capture(tiny("llama"), MARKED, layers=(2,), positions="p_last")
     arguments = (f"{run.__module__}:{run.__name__}", json.dumps(to_data(plan)), None)
