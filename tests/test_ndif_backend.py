@@ -198,7 +198,7 @@ def test_a_run_in_jobs_equals_a_local_one(world: World, tiny: Tiny, tmp_path: Pa
     assert where["bytes_up"] == sum(len(job.blob) for job in world.fake.jobs)
     assert manifest["model"]["dtype"] == where["server"]["dtype"] == "float32"
     assert "3/3 jobs" in said
-    assert "1/3 jobs, 1 running, 1 waiting (Position 1 in the queue)" in said
+    assert "1/3 jobs, 1 running, position 1" in said
 
 
 def test_capture_comes_back_whole(world: World, tiny: Tiny, tmp_path: Path) -> None:

@@ -23,9 +23,9 @@ def progress_bar(
     """
     bar = Progress(
         TextColumn("{task.description}", markup=False),
-        BarColumn(bar_width=20),
+        BarColumn(bar_width=12),
         MofNCompleteColumn(),
-        TextColumn("rows, about"),
+        TextColumn("rows,"),
         TimeRemainingColumn(compact=True),
         TextColumn("left"),
         # Whatever a narrow terminal has no room for is cut off the words.

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import re
 import time
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import replace
@@ -33,6 +34,8 @@ _MOST_CELLS = 16
 _AHEAD = 4
 #: Seconds between two looks at the jobs: at first and after news, and at most.
 _LOOKS = (0.3, 5.0)
+
+_POSITION = re.compile(r"position \d+", re.IGNORECASE)
 
 
 class NdifBackend:
@@ -190,18 +193,20 @@ class NdifBackend:
             return None  # a file that was changed by hand
 
     def _in_words(self, parts: Sequence[Part]) -> str:
-        """How the jobs are: ``1/4 jobs, 1 running, 2 waiting (Moved to position 3 in Queue)``."""
+        """How the jobs are, in few words: ``1/4 jobs, 1 running, position 3``."""
         jobs = [part.job for part in parts]
         done = sum(job.state == DONE for job in jobs)
         sent = [job for job in jobs if job.state == SENT]
         running = sum(job.status == "RUNNING" for job in sent)
-        queued = [job for job in sent if job.status != "RUNNING"]
+        waiting = [job for job in sent if job.status != "RUNNING"]
         words = [f"{done}/{len(jobs)} jobs"]
         if running:
             words.append(f"{running} running")
-        if queued:
-            place = " ".join(queued[0].description.split()).rstrip(".") or "queued"
-            words.append(f"{len(queued)} waiting ({place})")
+        if waiting:
+            # The server says it in a sentence, or what it does meanwhile ("Model Deploying...").
+            said = " ".join(waiting[0].description.split()).rstrip(".")
+            place = _POSITION.search(said)
+            words.append(place[0].lower() if place else said or f"{len(waiting)} waiting")
         return ", ".join(words)
 
 
