@@ -507,3 +507,9 @@ def test_an_address_holds_no_secret(url: str) -> None:
 def test_a_server_that_is_only_asked_gets_no_key(fake: FakeNdif) -> None:
     assert Server(fake.url, with_key=False).connected()
     assert not any("ndif-api-key" in seen.headers for seen in fake.seen)
+
+
+def test_a_model_at_hand_is_cold(fake: FakeNdif) -> None:
+    told = {"deployments": {"the-name": {"deployment_level": "COLD", "application_state": None}}}
+    fake.replies = {"/status": [Reply(200, told)]}
+    assert Server(fake.url).deployments() == {"the-name": {"the-name": "COLD"}}

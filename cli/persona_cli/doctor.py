@@ -180,12 +180,15 @@ def _model_there(server: Server, spec: str, revision: str | None) -> Finding:
         count = states.count("RUNNING")
         replicas = "one replica" if count == 1 else f"{count} replicas"
         return Finding("model there", "ok", f"{spec} is running ({replicas})")
+    if set(states) == {"COLD"}:
+        text = f"{spec} is not running, and can be started: the first job does"
+        return Finding("model there", "note", text)
     if states:
         return Finding("model there", "note", f"{spec} is {', '.join(states).lower()}")
     others = ", ".join(sorted(map(_named, there))) or "none"
     text = (
-        f"{spec} is not running; the first job asks the server to start it, which it does if it "
-        f"knows the model, has room, and lets you. Running: {others}"
+        f"{spec} is unknown to the server so far; the first job asks it to start the model, which "
+        f"it does if it can and may. It has: {others}"
     )
     return Finding("model there", "note", text)
 

@@ -272,9 +272,10 @@ class Courier:
         return None
 
     def _replicas(self) -> dict[str, str]:
-        """The replicas of our model, with their states."""
+        """The replicas of our model that are there, with their states."""
         found = self.server.patiently(self.server.deployments, self._outage)
-        return found.get(self.model_key, {})
+        replicas = found.get(self.model_key, {})
+        return {identity: state for identity, state in replicas.items() if state != "COLD"}
 
     def _outage(self, words: str) -> None:
         """The server did not answer: it may be another one when it is back."""

@@ -7,7 +7,6 @@ import torch, nnsight, transformers, the standard library, and plain modules of 
 from __future__ import annotations
 
 import json
-import os
 import platform
 import time
 from collections.abc import Iterator
@@ -20,7 +19,7 @@ import torch
 import transformers
 
 from persona_nnsight.backends.packing import pack
-from persona_nnsight.costs import Limits, fit_limits
+from persona_nnsight.costs import Limits, fit_limits, free_memory
 from persona_nnsight.engine.prefill import is_far
 from persona_nnsight.errors import PersonaError
 from persona_nnsight.module_tree import ModuleTree, find_tree
@@ -121,8 +120,6 @@ def _served(lm: Any, tree: ModuleTree, plan: Plan) -> tuple[torch.dtype, str]:
 
 
 def _limits(plan: Plan, tree: ModuleTree) -> Limits:
-    if torch.cuda.is_available():
-        free = min(torch.cuda.mem_get_info(i)[0] for i in range(torch.cuda.device_count()))
-        return fit_limits(plan, tree, free_bytes=free, gpu=True)
-    free = os.sysconf("SC_AVPHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
-    return fit_limits(plan, tree, free_bytes=free, gpu=False)
+    gpu = torch.cuda.is_available()
+    free = free_memory("balanced" if gpu else "cpu")  # the least of all GPUs
+    return fit_limits(plan, tree, free_bytes=free, gpu=gpu)

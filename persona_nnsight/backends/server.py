@@ -158,6 +158,8 @@ class Server:
     def deployments(self) -> dict[str, dict[str, str]]:
         """The replicas by model key, each by its id with its state (RUNNING, DEPLOYING, ...).
 
+        A model that the server has at hand and does not run is COLD.
+
         Raises:
             NoAnswerError: it does not answer now.
         """
@@ -167,7 +169,8 @@ class Server:
             replicas: dict[str, dict[str, str]] = {}
             for name, replica in found.items():
                 key, identity = replica.get("model_key") or name, replica.get("replica_id") or name
-                state = str(replica.get("application_state"))
+                cold = replica.get("deployment_level") == "COLD"
+                state = "COLD" if cold else str(replica.get("application_state"))
                 replicas.setdefault(key, {})[str(identity)] = state
             return replicas
         except (ValueError, KeyError, TypeError, AttributeError) as error:
