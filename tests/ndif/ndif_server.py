@@ -59,7 +59,7 @@ def install(venv: Path = VENV) -> None:
 
 @dataclass(frozen=True)
 class Ports:
-    """Where the parts of a server listen, all on 127.0.0.1."""
+    """Where the parts of a server listen."""
 
     api: int
     redis: int
@@ -306,7 +306,7 @@ def main() -> None:
             raise
         server.use_sandbox(arguments.sandbox)
         print(
-            f"NDIF answers at {server.url} (logs in {server.state}). Try:\n"
+            f"NDIF answers at {server.url} (logs in {os.path.relpath(server.state)}). Try:\n"
             f"  persona doctor --backend ndif --ndif-host {server.url}\n"
             f"  persona substitute --backend ndif --ndif-host {server.url} --layers 55%"
         )
