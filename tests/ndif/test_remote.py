@@ -173,6 +173,10 @@ def test_two_replicas_work_at_once(
     assert persona(*command, "--out", "one").code == 0
     where = json.loads(Path("one/run.json").read_text())["backend"]
     ndif.add_replica(where["model_key"])
+    # A dispatcher that starts takes all replicas there are; one that runs may not hear of more.
+    ndif.stop("api")
+    ndif.start_api()
+    ndif.wait()
     # The second is there when jobs overlap; until then it is still loading.
     for attempt in range(6):
         out = f"two-{attempt}"
