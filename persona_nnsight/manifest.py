@@ -67,8 +67,7 @@ def run_manifest(
         ],
         "prompts": [asdict(prompt) for prompt in plan.prompts],
         "cost": cost.to_dict(),
-        "seconds": _rounded(seconds),
-        "peak_memory_bytes": {} if "server" in where else _peak_memory(model.device),
+        **_spent(model, where, seconds),
     }
 
 
@@ -93,8 +92,7 @@ def reproduction_manifest(
         **_header("reproduce", where, complete=complete),
         "parts": list(parts),
         **_origin(model, where),
-        "seconds": _rounded(seconds),
-        "peak_memory_bytes": {} if "server" in where else _peak_memory(model.device),
+        **_spent(model, where, seconds),
     }
 
 
@@ -137,8 +135,12 @@ def _origin(model: Model, where: Mapping[str, Any]) -> dict[str, Any]:
     }
 
 
-def _rounded(seconds: Mapping[str, float]) -> dict[str, float]:
-    return {name: round(value, 3) for name, value in seconds.items()}
+def _spent(model: Model, where: Mapping[str, Any], seconds: Mapping[str, float]) -> dict[str, Any]:
+    """Time and memory; how much of it a server took is not known here."""
+    return {
+        "seconds": {name: round(value, 3) for name, value in seconds.items()},
+        "peak_memory_bytes": {} if "server" in where else _peak_memory(model.device),
+    }
 
 
 def _peak_memory(device: str) -> dict[str, int]:

@@ -49,7 +49,7 @@ def resume(
         raise PersonaError(f"The run in {str(directory)!r} is finished; nothing is left to do.")
     ledger = Ledger.load(target)
     origin = ledger.origin
-    if origin is None or origin.argv[:1] not in {(name,) for name in EXPERIMENTS}:
+    if origin is None or not origin.argv or origin.argv[0] not in EXPERIMENTS:
         raise PersonaError(
             f"The jobs in {str(directory)!r} were not sent by a command, so none can be run again."
         )

@@ -13,7 +13,7 @@ from persona_nnsight.backends import EngineFunction
 from persona_nnsight.backends.block import Envelope, run_block
 from persona_nnsight.backends.ledger import DONE, FAILED, SENT, WAITING, Job, Ledger
 from persona_nnsight.backends.packing import unpack
-from persona_nnsight.backends.server import Answer, JobLostError, Server
+from persona_nnsight.backends.server import Answer, JobLostError, Server, one_line
 from persona_nnsight.backends.versions import require_same_nnsight
 from persona_nnsight.engine import Event, Recorded, Scored, Written
 from persona_nnsight.errors import PersonaError
@@ -206,7 +206,7 @@ class Courier:
         job = part.job
         words = answer.description
         if words.startswith(_PASSING):
-            self.notify(_one_line(words))
+            self.notify(one_line(words))
             time.sleep(_PAUSE * 2 ** (part.attempts - 1))
             self._again(part, words)
             return
@@ -218,7 +218,7 @@ class Courier:
             self.ledger.save()
             raise HopelessError(
                 f"{self.server.host} cannot serve {self.model.weights.model_id!r} "
-                f"({_one_line(_gist(words))}); `persona doctor --backend ndif --model ...` says "
+                f"({one_line(_gist(words))}); `persona doctor --backend ndif --model ...` says "
                 "which models it has."
             )
         job.state = FAILED
@@ -233,7 +233,7 @@ class Courier:
         elif self.ledger.directory is not None:
             advice = f"; `persona jobs -v {self.ledger.directory}` shows what the server said"
         raise PersonaError(
-            f"A job of {job.cells} cells failed on {self.server.host} ({_one_line(gist)}){advice}."
+            f"A job of {job.cells} cells failed on {self.server.host} ({one_line(gist)}){advice}."
         )
 
     # -- whether it ends -------------------------------------------------------------------------
@@ -286,7 +286,7 @@ class Courier:
         """Have a job sent anew; whatever becomes of the old one, its result is not taken."""
         job = part.job
         job.state, job.id, job.status = WAITING, None, ""
-        job.description = _one_line(reason)
+        job.description = one_line(reason)
         self.ledger.save()
 
 
@@ -321,8 +321,3 @@ def _gist(text: str) -> str:
         lines.pop()  # what marks a place in the line above
     gist = f"{before.strip()} {lines[-1]}" if found and lines else text
     return gist.strip() or "no reason given"
-
-
-def _one_line(text: str) -> str:
-    line = " ".join(text.split())
-    return line if len(line) <= 300 else f"{line[:297]}..."

@@ -340,11 +340,16 @@ class Server:
             text = str(data["detail"] if isinstance(data, dict) and "detail" in data else data)
         except ValueError:
             text = answer.text
-        text = " ".join(self._scrubbed(text).split())
-        return f"{text[:297]}..." if len(text) > 300 else text or f"HTTP {answer.status_code}"
+        return one_line(self._scrubbed(text)) or f"HTTP {answer.status_code}"
 
     def _scrubbed(self, text: str) -> str:
         return text.replace(self._key, "***") if self._key else text
+
+
+def one_line(text: str) -> str:
+    """A text on one line, and no longer than a sentence bears."""
+    line = " ".join(text.split())
+    return line if len(line) <= 300 else f"{line[:297]}..."
 
 
 def is_loopback(url: str) -> bool:

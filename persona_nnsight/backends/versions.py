@@ -73,7 +73,7 @@ def require_same_nnsight(environment: Mapping[str, Any], host: str) -> None:
     pair = next(pair for pair in compare_versions(environment) if pair.name == "nnsight")
     if pair.fatal:
         theirs = pair.there or "no nnsight that it names"
-        series = ".".join(map(str, _series(pair.there or "") or ()))
+        series = _series_text(pair.there or "")
         other = f"a release of persona-nnsight for nnsight {series}" if series else "another server"
         raise PersonaError(
             f"{host} runs nnsight {theirs} and this machine {pair.here}, which cannot read each "
