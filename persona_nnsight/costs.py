@@ -4,31 +4,48 @@ from __future__ import annotations
 
 import math
 from collections import Counter
-from collections.abc import Sequence
-from dataclasses import asdict, dataclass
+from collections.abc import Iterator, Sequence
+from dataclasses import asdict, dataclass, replace
 from typing import TYPE_CHECKING
 
 import torch
 
-from persona_nnsight.plan import Plan, unique_prompts
+from persona_nnsight.errors import PersonaError
+from persona_nnsight.plan import Edit, Plan, unique_prompts
+from persona_nnsight.prefix_tree import prefix_tree
 from persona_nnsight.sites import generated_index
 
 if TYPE_CHECKING:
     from persona_nnsight.models import Model
     from persona_nnsight.module_tree import ModuleTree
 
-#: Share of the free memory that a run may fill besides the weights.
-_BUDGET_SHARE = 0.25
+#: Share of the free memory that a run may fill besides the weights, where nothing else is asked.
+_BUDGET_SHARE = 0.5
+#: Of that, the share that the rows of one forward may take; cells that wait share the rest.
+_ROWS_SHARE = 0.4
 #: Beyond this many tokens in one forward the matrix products run no faster, so batches stop here.
 _BATCH_TOKENS = {"cpu": 1024, "gpu": 16384}
+#: Cells for whose decoding steps, one token each, the same holds.
+_BATCH_CELLS = {"cpu": 128, "gpu": 1024}
 
 
 @dataclass(frozen=True)
 class Limits:
-    """Batch sizes: cells that are recorded together, and edited rows in one forward."""
+    """Batch sizes.
+
+    Attributes:
+        cells: recorded together.
+        rows: in one forward.
+        tokens: in one forward, of rows that feed several.
+    """
 
     cells: int
     rows: int
+    tokens: int = _BATCH_TOKENS["cpu"]
+
+    def rows_of(self, tokens: int) -> int:
+        """Rows in one forward that feeds so many tokens of each."""
+        return max(1, min(self.rows, self.tokens // tokens))
 
 
 @dataclass(frozen=True)
@@ -38,8 +55,8 @@ class Cost:
     Attributes:
         cells, unique_prompts, edits: how many of each.
         prompt_tokens: tokens of the unique prompts, each prompt once.
-        token_forwards: tokens pushed through the model, prompts and continuations, padding left
-            out and a token counted once however many layers are skipped.
+        token_forwards: tokens pushed through the model, prompts and continuations, shared text once
+            and padding left out, and a token counted once however many layers are skipped.
         forward_passes: batched forwards, decoding steps included.
         weight_bytes, working_bytes: memory of the weights and an estimate of the peak beside them.
     """
@@ -58,75 +75,109 @@ class Cost:
         return asdict(self)
 
 
-def fed_tokens(plan: Plan, positions: Sequence[str]) -> int:
-    """Tokens that an edit is scored on: the tail, and the continuation to the window's end."""
-    return plan.tail + generated_index(positions[0]) + plan.window - 1
+def spans(total: int, most: int) -> Iterator[range]:
+    """Cut `total` things into as few spans of at most `most` as there can be, about equal."""
+    count = math.ceil(total / most)
+    for number in range(count):
+        yield range(number * total // count, (number + 1) * total // count)
 
 
-def fit_limits(plan: Plan, tree: ModuleTree, *, free_bytes: int, gpu: bool) -> Limits:
-    """Batch sizes for this plan in a share of the memory that is free."""
-    budget = int(_BUDGET_SHARE * free_bytes)
-    row_bytes, cell_bytes = _row_bytes(plan, tree), _cell_bytes(plan, tree)
-    tokens = _BATCH_TOKENS["gpu" if gpu else "cpu"]
-    longest_fed = plan.tail + plan.reference_tokens
-    rows = min(budget // 2 // row_bytes, tokens // longest_fed)
-    return Limits(cells=max(1, budget // 2 // cell_bytes), rows=max(1, rows))
+def fit_limits(plan: Plan, tree: ModuleTree, *, budget: int, gpu: bool) -> Limits:
+    """Batch sizes with which this plan takes at most `budget` bytes beside the weights.
+
+    At least one cell and one row, whatever they take.
+    """
+    kind = "gpu" if gpu else "cpu"
+    row = _row_bytes(plan, tree)
+    rows = max(1, min(int(_ROWS_SHARE * budget) // row, _BATCH_TOKENS[kind]))
+    limits = Limits(min(len(plan.cells), _BATCH_CELLS[kind]), rows, _BATCH_TOKENS[kind])
+    while limits.cells > 1 and working_bytes(plan, tree, limits) > budget:
+        limits = replace(limits, cells=limits.cells - 1)
+    left = budget - _chunk_bytes(plan, tree, limits)
+    return replace(limits, rows=max(1, min(limits.rows, left // row)))
+
+
+def check_budget(plan: Plan, tree: ModuleTree, budget: int) -> None:
+    """Refuse a memory budget that not even one cell fits in.
+
+    Raises:
+        PersonaError: names what is needed.
+    """
+    needed = working_bytes(plan, tree, Limits(1, 1))
+    if needed > budget:
+        raise PersonaError(
+            f"A memory budget of {budget / 1e9:.2f} GB is less than one cell of this run takes, "
+            f"about {needed / 1e9:.2f} GB; use --memory-budget {math.ceil(needed / 1e8) / 10}GB or "
+            "more."
+        )
+
+
+def working_bytes(plan: Plan, tree: ModuleTree, limits: Limits) -> int:
+    """An estimate of the peak memory of a run beside the weights."""
+    scored = [limits.rows_of(fed_tokens(plan, edit, tree)) for edit in plan.edits if edit.scored]
+    texts = [limits.rows for edit in plan.edits if edit.generate]
+    most = len(plan.cells) * max(1, len(plan.edits))
+    rows = min(max([*scored, *texts], default=0), most)
+    return _chunk_bytes(plan, tree, limits) + rows * _row_bytes(plan, tree)
+
+
+def fed_tokens(plan: Plan, edit: Edit, tree: ModuleTree) -> int:
+    """Tokens that an edit is scored on: from the first site to the window's end."""
+    first = edit.positions[0]
+    before = plan.tail - 1 if first == "p_user_last" else 0
+    if _longest(plan) >= tree.window:
+        before = plan.tail - 1 + generated_index(first)
+    return before + plan.window
 
 
 def estimate(plan: Plan, model: Model, limits: Limits) -> Cost:
     """Count what `plan` computes when it is cut into batches of `limits`."""
+    tree = model.tree
     n_cells, n_roles = len(plan.cells), len(plan.roles)
-    chunks = [
-        range(start, min(start + limits.cells, n_cells))
-        for start in range(0, n_cells, limits.cells)
-    ]
-    openings = sum(
-        len(plan.prompts[index].ids) - plan.tail
-        for chunk in chunks
-        for index in unique_prompts(plan, [plan.cells[cell] for cell in chunk])
-    )
-    steps = plan.last_generated + 1
-    recorded = n_cells * (n_roles * (plan.tail + steps - 1) + plan.window - 1)
-    passes = len(chunks) * (1 + steps + plan.window - 1)
+    forced, continued = plan.last_generated, plan.tail + plan.reference_tokens - 1
     hosts = {"XY", *(edit.host for edit in plan.edits if edit.scored)}
-    edited = widest = 0
-    for chunk in chunks:
+    tokens = passes = 0
+    for chunk in spans(n_cells, limits.cells):
+        cells = [plan.cells[cell] for cell in chunk]
+        openings = prefix_tree(plan, cells, window=tree.window, most_tokens=limits.tokens)
+        baselines = {cell.prompts[key] for cell in cells for key in plan.roles if key != "XY"}
+        tokens += openings.n_tokens + len(baselines) * plan.tail
+        tokens += len(cells) * (continued + (n_roles - 1) * forced)
+        passes += len(openings.batches) + plan.reference_tokens + 1 + bool(forced)
         scored, texts = _rows(plan, chunk)
         if scored:
-            edited += len(hosts) * len(chunk) * (plan.tail + plan.reference_tokens - 1)
+            tokens += len(hosts) * len(cells) * continued
             passes += len(hosts)
-        for (positions, _, _), rows in scored.items():
-            edited += rows * fed_tokens(plan, positions)
-            passes += math.ceil(rows / limits.rows)
+        for edit, rows in scored.items():
+            fed = fed_tokens(plan, plan.edits[edit], tree)
+            tokens += rows * fed
+            passes += math.ceil(rows / limits.rows_of(fed))
         for length, rows in texts.items():
-            edited += rows * (plan.tail + length - 1)
+            tokens += rows * (plan.tail + length - 1)
             passes += math.ceil(rows / limits.rows) * length
-        widest = max([widest, *scored.values(), *texts.values()])
-    item = model.dtype.itemsize
-    working = min(limits.cells, n_cells) * _cell_bytes(plan, model.tree)
-    working += min(limits.rows, widest) * _row_bytes(plan, model.tree)
     return Cost(
         cells=n_cells,
         unique_prompts=len(plan.prompts),
         edits=len(plan.edits),
         prompt_tokens=sum(len(prompt.ids) for prompt in plan.prompts),
-        token_forwards=openings + recorded + edited,
+        token_forwards=tokens,
         forward_passes=passes,
-        weight_bytes=model.n_parameters * item,
-        working_bytes=working,
+        weight_bytes=model.n_parameters * model.dtype.itemsize,
+        working_bytes=working_bytes(plan, tree, limits),
     )
 
 
-def _rows(
-    plan: Plan, chunk: range
-) -> tuple[Counter[tuple[tuple[str, ...], tuple[int, ...], str]], Counter[int]]:
-    """Rows of a chunk of cells: by (positions, layers, host) to be scored, by length of text."""
-    scored: Counter[tuple[tuple[str, ...], tuple[int, ...], str]] = Counter()
+def _rows(plan: Plan, chunk: Sequence[int]) -> tuple[Counter[int], Counter[int]]:
+    """Rows of a chunk of cells: scored ones by the first edit they share batches with, and texts
+    by their length.
+    """
+    scored: Counter[int] = Counter()
     texts: Counter[int] = Counter()
-    for edit in plan.edits:
+    first: dict[tuple[tuple[str, ...], tuple[int, ...], str], int] = {}
+    for index, edit in enumerate(plan.edits):
         cells = [plan.cells[cell] for cell in chunk if edit.runs_on(cell)]
         if edit.scored and cells:
-            scored[edit.positions, edit.layers, edit.host] += len(cells)
+            scored[first.setdefault((edit.positions, edit.layers, edit.host), index)] += len(cells)
         if edit.generate and cells:
             # Cells share the text of an unedited prompt that they share.
             unedited = {cell.prompts[edit.host] for cell in cells}
@@ -135,25 +186,47 @@ def _rows(
 
 
 def _longest(plan: Plan) -> int:
-    return max(len(prompt.ids) for prompt in plan.prompts)
+    """Tokens of the longest row, prompt and what follows it."""
+    prompt = max(len(prompt.ids) for prompt in plan.prompts)
+    return prompt + max(plan.reference_tokens, plan.longest_text)
 
 
 def _row_bytes(plan: Plan, tree: ModuleTree) -> int:
-    """One edited row: its copy of the KV cache (old and grown), and logits with their softmax."""
-    length = _longest(plan) + max(plan.reference_tokens, plan.longest_text)
-    return 2 * length * tree.kv_bytes + 2 * plan.window * tree.vocab_size * 4
+    """One edited row: its copy of the KV cache, its activations, its logits."""
+    fed = plan.tail - 1 + plan.window
+    activations = fed * (8 * tree.d_model + 3 * tree.d_mlp) * 4
+    # Of a text, one token's logits, which `generate` copies.
+    logits = 4 * tree.vocab_size * max(plan.window, 3)
+    return int(_longest(plan) * tree.kv_bytes * 1.1) + activations + logits
 
 
-def _cell_bytes(plan: Plan, tree: ModuleTree) -> int:
-    """One recorded cell: KV rows of all its prompts, clean log-probabilities, residuals."""
-    length = _longest(plan) + plan.reference_tokens
-    caches = 3 * len(plan.roles) * length * tree.kv_bytes
-    reference = 2 * plan.reference_tokens * tree.vocab_size * 4 if plan.edits else 0
-    residuals = len(plan.layers) * (plan.tail + plan.reference_tokens) * tree.d_model * 4
-    return caches + reference + residuals
+def _chunk_bytes(plan: Plan, tree: ModuleTree, limits: Limits) -> int:
+    """The cells that are recorded together: KV caches, residuals, what the clean runs predict."""
+    chunks = [plan.cells[span.start : span.stop] for span in spans(len(plan.cells), limits.cells)]
+    cells = max(map(len, chunks))
+    prompts = max(len(unique_prompts(plan, chunk)) for chunk in chunks)
+    hosts = {"XY", *(edit.host for edit in plan.edits if edit.scored)}
+    # Every opening twice while they are brought together; later once, beside those of the
+    # baselines that are followed further, or of the hosts.
+    rows = prompts + max(prompts, cells * max(len(plan.roles) - 1, len(hosts)))
+    fed = plan.tail + plan.reference_tokens
+    # Read as they are and after the norm, and put in order.
+    sites = 4 * len(plan.roles) * len(plan.positions) * len(plan.layers)
+    residuals = cells * (sites + len(plan.layers) * fed) * tree.d_model * 4
+    # Log-probabilities and their exponentials, and the logits they are made of.
+    scored = any(edit.scored for edit in plan.edits)
+    logits = 3 * cells * (plan.reference_tokens if scored else 1) * tree.vocab_size * 4
+    tokens = max(limits.tokens, cells * fed)
+    activations = tokens * (8 * tree.d_model + 3 * tree.d_mlp) * 4
+    return rows * _longest(plan) * tree.kv_bytes + residuals + logits + activations
 
 
-def free_memory(device: str) -> int:
+def default_budget(device: str) -> int:
+    """Bytes that a run on `device` may take where no budget is given: a share of what is free."""
+    return int(_BUDGET_SHARE * _free_memory(device))
+
+
+def _free_memory(device: str) -> int:
     """Bytes that are free now where a model on `device` works."""
     if device == "balanced":
         return min(torch.cuda.mem_get_info(index)[0] for index in range(torch.cuda.device_count()))

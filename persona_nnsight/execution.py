@@ -13,7 +13,6 @@ from persona_nnsight.backends import Backend
 from persona_nnsight.backends.local import LocalBackend
 from persona_nnsight.costs import Cost, estimate
 from persona_nnsight.engine import Event, Recorded, Scored, Written, run
-from persona_nnsight.errors import PersonaError
 from persona_nnsight.grids import Grid
 from persona_nnsight.joint_plan import join
 from persona_nnsight.models import Model
@@ -95,11 +94,6 @@ def execute_together(
     except KeyboardInterrupt as interrupt:
         finished = [part for part, each in enumerate(gathered) if each.has_results]
         raise Interrupted({part: result(part, complete=False) for part in finished}) from interrupt
-    except torch.OutOfMemoryError as error:
-        raise PersonaError(
-            f"{model.device} ran out of memory in batches of {limits.rows} rows; free some of it, "
-            "or use a smaller grid, a shorter --window or another --device."
-        ) from error
     return [result(part, complete=True) for part in range(len(studies))]
 
 

@@ -12,6 +12,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 import torch
+from transformers.cache_utils import DynamicCache, DynamicSlidingWindowLayer
 
 from persona_nnsight.errors import PersonaError
 
@@ -35,18 +36,22 @@ class ModuleTree:
             in architectures without one (OLMo 2 normalises after the block).
         n_layers: how many decoder layers there are.
         d_model: width of the residual stream.
+        d_mlp: width of the MLP's hidden layer.
         vocab_size: rows of the output embedding.
         kv_bytes: bytes that one token takes in the KV cache, all layers together.
         max_length: tokens that the model has positions for.
+        window: tokens that the shortest sliding attention window holds.
     """
 
     layers: str
     input_norm: str | None
     n_layers: int
     d_model: int
+    d_mlp: int
     vocab_size: int
     kv_bytes: int
     max_length: int
+    window: int
 
 
 def find_tree(model: PreTrainedModel, dtype: torch.dtype) -> ModuleTree:
@@ -79,6 +84,11 @@ def find_tree(model: PreTrainedModel, dtype: torch.dtype) -> ModuleTree:
     head_dim = getattr(config, "head_dim", None) or (
         config.hidden_size // config.num_attention_heads
     )
+    windows = [
+        layer.sliding_window
+        for layer in DynamicCache(config=model.config).layers
+        if isinstance(layer, DynamicSlidingWindowLayer)
+    ]
     first = next(model.get_submodule(fitting[0]).children())
     children = dict(first.named_children())
     return ModuleTree(
@@ -86,7 +96,9 @@ def find_tree(model: PreTrainedModel, dtype: torch.dtype) -> ModuleTree:
         input_norm=next((name for name in _INPUT_NORMS if name in children), None),
         n_layers=n_layers,
         d_model=config.hidden_size,
+        d_mlp=getattr(config, "intermediate_size", None) or 4 * config.hidden_size,
         vocab_size=config.vocab_size,
         kv_bytes=2 * n_layers * heads * head_dim * dtype.itemsize,
         max_length=getattr(config, "max_position_embeddings", None) or sys.maxsize,
+        window=min(windows, default=sys.maxsize),
     )

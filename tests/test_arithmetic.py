@@ -8,6 +8,7 @@ import pytest
 import torch
 from torch import tensor
 
+from persona_nnsight import measures
 from persona_nnsight.conditions import (
     HOST,
     INJECT_CONDITIONS,
@@ -112,18 +113,35 @@ def test_decompose_computes_in_float32() -> None:
 def test_kl_is_a_sum_over_the_window() -> None:
     p, q = tensor([0.5, 0.25, 0.25]), tensor([0.25, 0.5, 0.25])
     one = 0.5 * math.log(2) - 0.25 * math.log(2)  # KL(p ‖ q), by hand
-    clean = p.log().expand(3, 4, 3)
-    logits = (q.log() + 7).expand(3, 4, 3)  # logits are defined up to a constant
-    kl = window_kl(clean, logits, tensor([4, 1, 0])).tolist()
+    clean = torch.stack([q, p]).log()[:, None].expand(2, 4, 3)
+    logits = (q.log() + 7).expand(4, 4, 3)  # logits are defined up to a constant
+    kl = window_kl(clean, clean.exp(), logits, [1, 1, 1, 0], tensor([4, 1, 0, 4])).tolist()
     assert kl[:2] == pytest.approx([4 * one, one])
     assert math.isnan(kl[2])
+    assert kl[3] == pytest.approx(0, abs=1e-6)
+
+
+@pytest.mark.parametrize("block", [1, 1 << 30])
+def test_kl_does_not_depend_on_how_many_rows_are_worked_on(
+    block: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    draw = torch.Generator().manual_seed(0)
+    clean = torch.randn(3, 4, 50, generator=draw).log_softmax(-1)
+    logits = torch.randn(5, 4, 50, generator=draw)
+    cells, counts = [2, 0, 0, 1, 2], tensor([4, 3, 0, 1, 4])
+    monkeypatch.setitem(measures._BLOCK, "cpu", block)
+    kl = window_kl(clean, clean.exp(), logits, cells, counts).tolist()
+    for row, (cell, count) in enumerate(zip(cells, counts.tolist(), strict=True)):
+        p, q = clean[cell, :count].double(), logits[row, :count].double().log_softmax(-1)
+        expected = float((p.exp() * (p - q)).sum()) if count else math.nan
+        assert kl[row] == pytest.approx(expected, rel=1e-5, nan_ok=True)
 
 
 def test_kl_of_low_precision_logits_is_float32() -> None:
     clean = torch.zeros(1, 1, 50_000).log_softmax(-1)
     logits = torch.zeros(1, 1, 50_000, dtype=torch.bfloat16)
     logits[..., 0] = 4
-    kl = window_kl(clean, logits, tensor([1]))
+    kl = window_kl(clean, clean.exp(), logits, [0], tensor([1]))
     total = 49_999 + math.exp(4)
     assert kl.dtype == torch.float32
     # A float32 log-probability of -10.8 is right to 5e-7; bfloat16 would be off by 3e-2.

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
@@ -228,6 +229,15 @@ Detach = Annotated[
         rich_help_panel=_WHERE,
     ),
 ]
+MemoryBudget = Annotated[
+    str | None,
+    typer.Option(
+        metavar="SIZE",
+        help="Memory that the run may take beside the weights, such as 8GB or 500MB.",
+        show_default="half of what is free",
+        rich_help_panel=_WHERE,
+    ),
+]
 #: Set by `persona resume`, which runs a command again in the directory that holds its jobs.
 Resume = Annotated[Path | None, typer.Option("--resume", hidden=True)]
 
@@ -243,6 +253,7 @@ class BackendOptions:
     ndif_host: NdifHost = None
     insecure: Insecure = False
     detach: Detach = False
+    memory_budget: MemoryBudget = None
     resume: Resume = None
 
     @property
@@ -272,6 +283,27 @@ class BackendOptions:
                     f"{option} is for a server; add --backend ndif, or leave it out."
                 )
         return chosen
+
+    def memory_bytes(self) -> int | None:
+        """The memory budget; None where none is given.
+
+        Raises:
+            PersonaError: no size, or one for jobs, which see to their own memory.
+        """
+        if self.memory_budget is None:
+            return None
+        if self.name != "local":
+            raise PersonaError(
+                f"--memory-budget is for --backend local, and jobs of --backend {self.name} see to "
+                "their own memory; leave it out."
+            )
+        size = re.fullmatch(r"(\d+(?:\.\d+)?)\s*([MG])B", self.memory_budget.strip(), re.IGNORECASE)
+        if size is None or not float(size[1]):
+            raise PersonaError(
+                f"Memory budget {self.memory_budget!r} is not a size; use a number with MB or GB, "
+                "such as 500MB or 8GB."
+            )
+        return int(float(size[1]) * {"m": 10**6, "g": 10**9}[size[2].lower()])
 
 
 @dataclass(frozen=True)

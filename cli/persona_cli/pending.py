@@ -37,11 +37,12 @@ def check_target(directory: Path, where: BackendOptions) -> None:
 
 
 def check_model_options(model: ModelOptions, where: BackendOptions) -> None:
-    """Refuse what a server decides.
+    """Refuse what a server decides, and what is no memory budget.
 
     Raises:
-        PersonaError: a device for a server.
+        PersonaError: a device for a server, or a bad memory budget.
     """
+    where.memory_bytes()
     if where.name == "ndif" and model.device != "auto":
         raise PersonaError(
             f"--device {model.device} is for this machine, and with --backend ndif the server "
@@ -73,7 +74,7 @@ def make_backend(
     if where.name == "local":
         from persona_nnsight.backends.local import LocalBackend
 
-        return LocalBackend(model)
+        return LocalBackend(model, memory_budget=where.memory_bytes())
     if where.name == "simulate":
         from persona_nnsight.backends.simulate import SimulatedBackend
 

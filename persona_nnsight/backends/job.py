@@ -19,8 +19,8 @@ import torch
 import transformers
 
 from persona_nnsight.backends.packing import pack
-from persona_nnsight.costs import Limits, fit_limits, free_memory
-from persona_nnsight.engine.prefill import is_far
+from persona_nnsight.costs import Limits, default_budget, fit_limits
+from persona_nnsight.engine.chunk import is_far
 from persona_nnsight.errors import PersonaError
 from persona_nnsight.module_tree import ModuleTree, find_tree
 from persona_nnsight.plan import Plan
@@ -121,5 +121,5 @@ def _served(lm: Any, tree: ModuleTree, plan: Plan) -> tuple[torch.dtype, str]:
 
 def _limits(plan: Plan, tree: ModuleTree) -> Limits:
     gpu = torch.cuda.is_available()
-    free = free_memory("balanced" if gpu else "cpu")  # the least of all GPUs
-    return fit_limits(plan, tree, free_bytes=free, gpu=gpu)
+    budget = default_budget("balanced" if gpu else "cpu")  # by the GPU with the least memory
+    return fit_limits(plan, tree, budget=budget, gpu=gpu)

@@ -83,7 +83,7 @@ class NdifBackend:
 
     def limits(self, plan: Plan) -> Limits:
         """As many cells as make a job; batches within it are cut on the server."""
-        whole = fit_limits(plan, self.model.tree, free_bytes=1 << 62, gpu=True)
+        whole = fit_limits(plan, self.model.tree, budget=1 << 62, gpu=True)
         tokens = estimate(plan, self.model, whole).token_forwards
         cells = _JOB_TOKENS * len(plan.cells) // tokens
         return replace(whole, cells=min(max(cells, 1), _MOST_CELLS))

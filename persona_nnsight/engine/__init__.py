@@ -25,21 +25,23 @@ from __future__ import annotations
 
 from collections.abc import Callable, Hashable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
-from typing import Any, TypeVar
+from typing import Any
 
 import torch
 from torch import Tensor
 
-from persona_nnsight.costs import Limits
-from persona_nnsight.engine.extend import extend
-from persona_nnsight.engine.prefill import Chunk, prefill
+from persona_nnsight.costs import Limits, fed_tokens
+from persona_nnsight.engine.attention import grouped_attention
+from persona_nnsight.engine.chunk import Chunk
+from persona_nnsight.engine.extend import HostRun, extend
+from persona_nnsight.engine.memory import in_batches
+from persona_nnsight.engine.prefill import prefill
 from persona_nnsight.engine.record import Record, public_geometry, public_residuals, record
 from persona_nnsight.engine.score import score
 from persona_nnsight.engine.write import write
 from persona_nnsight.module_tree import ModuleTree
 from persona_nnsight.plan import Edit, Plan
-
-T = TypeVar("T")
+from persona_nnsight.prefix_tree import prefix_tree
 
 
 @dataclass(frozen=True)
@@ -83,6 +85,9 @@ class Written:
 
 Event = Recorded | Scored | Written
 
+#: A cell within the chunk and an edit of the plan.
+Row = tuple[int, int]
+
 
 @torch.no_grad()
 def run(lm: Any, tree: ModuleTree, plan: Plan, limits: Limits) -> Iterator[Event]:
@@ -92,58 +97,73 @@ def run(lm: Any, tree: ModuleTree, plan: Plan, limits: Limits) -> Iterator[Event
         PersonaError: a residual or logit that is not finite, or a model whose KV cache cannot be
             shared between rows.
     """
-    for start in range(0, len(plan.cells), limits.cells):
-        numbers = range(start, min(start + limits.cells, len(plan.cells)))
+
+    def prepare(numbers: Sequence[int]) -> _Prepared:
         cells = [plan.cells[number] for number in numbers]
-        chunk = Chunk(lm, tree, plan, cells, prefill(lm, plan, cells))
-        yield from _run_chunk(chunk, numbers, limits.rows)
+        openings = prefix_tree(plan, cells, window=tree.window, most_tokens=limits.tokens)
+        chunk = Chunk(lm, tree, plan, cells, prefill(lm, plan, openings))
+        recorded = record(chunk)
+        scored = [edit for edit in plan.edits if edit.scored and any(map(edit.runs_on, numbers))]
+        # Every KL is taken from what XY predicts.
+        keys = dict.fromkeys(["XY", *(edit.host for edit in scored)] if scored else [])
+        return _Prepared(chunk, recorded, {key: extend(chunk, recorded, key) for key in keys})
+
+    with grouped_attention(lm):
+        for numbers, ready in in_batches(range(len(plan.cells)), limits.cells, prepare):
+            yield Recorded(
+                cells=tuple(numbers),
+                continuations=ready.recorded.token_ids(),
+                geometry=public_geometry(ready.chunk, ready.recorded),
+                residuals=public_residuals(ready.chunk, ready.recorded)
+                if plan.keeps_residuals
+                else None,
+            )
+            yield from _scores(ready, numbers, limits)
+            ready.hosts.clear()
+            yield from _texts(ready, numbers, limits)
 
 
-def _run_chunk(chunk: Chunk, numbers: range, batch_rows: int) -> Iterator[Event]:
-    """The events of a chunk, whose cells have these numbers in the plan."""
-    plan = chunk.plan
-    recorded = record(chunk)
-    yield Recorded(
-        cells=tuple(numbers),
-        continuations=recorded.token_ids(),
-        geometry=public_geometry(chunk, recorded),
-        residuals=public_residuals(chunk, recorded) if plan.keeps_residuals else None,
-    )
-    yield from _scores(chunk, recorded, numbers, batch_rows)
-    yield from _texts(chunk, recorded, numbers, batch_rows)
+@dataclass(frozen=True)
+class _Prepared:
+    """A chunk of cells whose clean runs are done."""
+
+    chunk: Chunk
+    recorded: Record
+    hosts: dict[str, HostRun]
 
 
-def _scores(chunk: Chunk, recorded: Record, numbers: range, batch_rows: int) -> Iterator[Scored]:
-    plan = chunk.plan
-    scored = [
-        index
-        for index, edit in enumerate(plan.edits)
-        if edit.scored and any(map(edit.runs_on, numbers))
-    ]
-    if not scored:
-        return
-    keys = dict.fromkeys(["XY", *(plan.edits[index].host for index in scored)])
-    hosts = {key: extend(chunk, recorded, key) for key in keys}
+def _scores(ready: _Prepared, numbers: Sequence[int], limits: Limits) -> Iterator[Scored]:
+    plan = ready.chunk.plan
+    scored = [index for index, edit in enumerate(plan.edits) if edit.scored]
     for edits in _groups(plan, scored, lambda edit: (edit.positions, edit.layers, edit.host)):
-        host = hosts[plan.edits[edits[0]].host]
-        for batch in _batches(_rows(plan, edits, numbers), batch_rows):
-            results = score(chunk, recorded, hosts["XY"].logprobs, host, batch)
+        first = plan.edits[edits[0]]
+
+        def work(batch: Sequence[Row], host: str = first.host) -> list[tuple[float, int]]:
+            clean = ready.hosts["XY"].clean
+            assert clean is not None
+            return score(ready.chunk, ready.recorded, clean, ready.hosts[host], batch)
+
+        size = limits.rows_of(fed_tokens(plan, first, ready.chunk.tree))
+        for batch, results in in_batches(_rows(plan, edits, numbers), size, work):
             for (cell, edit), (kl, n_tokens) in zip(batch, results, strict=True):
                 yield Scored(numbers[cell], edit, kl, n_tokens)
 
 
-def _texts(chunk: Chunk, recorded: Record, numbers: range, batch_rows: int) -> Iterator[Written]:
-    plan = chunk.plan
+def _texts(ready: _Prepared, numbers: Sequence[int], limits: Limits) -> Iterator[Written]:
+    plan = ready.chunk.plan
+
+    def work(batch: Sequence[Sequence[Row]]) -> tuple[tuple[int, ...], ...]:
+        return write(ready.chunk, ready.recorded, [rows[0] for rows in batch])
+
     generating = [index for index, edit in enumerate(plan.edits) if edit.generate]
     for edits in _groups(plan, generating, lambda edit: edit.generate):
         # Cells that share an unedited prompt share its text.
-        sharing: dict[Hashable, list[tuple[int, int]]] = {}
+        sharing: dict[Hashable, list[Row]] = {}
         for cell, edit in _rows(plan, edits, numbers):
-            unedited = chunk.cells[cell].prompts[plan.edits[edit].host]
+            unedited = ready.chunk.cells[cell].prompts[plan.edits[edit].host]
             text = (cell, edit) if plan.edits[edit].layers else unedited
             sharing.setdefault(text, []).append((cell, edit))
-        for batch in _batches(list(sharing.values()), batch_rows):
-            texts = write(chunk, recorded, [rows[0] for rows in batch])
+        for batch, texts in in_batches(list(sharing.values()), limits.rows, work):
             for rows, tokens in zip(batch, texts, strict=True):
                 for cell, edit in rows:
                     yield Written(numbers[cell], edit, tokens)
@@ -159,7 +179,7 @@ def _groups(
     return groups.values()
 
 
-def _rows(plan: Plan, edits: Sequence[int], numbers: range) -> list[tuple[int, int]]:
+def _rows(plan: Plan, edits: Sequence[int], numbers: Sequence[int]) -> list[Row]:
     """Rows (cell within the chunk, edit) of the edits, each on its cells."""
     return [
         (cell, edit)
@@ -167,8 +187,3 @@ def _rows(plan: Plan, edits: Sequence[int], numbers: range) -> list[tuple[int, i
         for cell, number in enumerate(numbers)
         if plan.edits[edit].runs_on(number)
     ]
-
-
-def _batches(rows: Sequence[T], size: int) -> Iterator[Sequence[T]]:
-    for start in range(0, len(rows), size):
-        yield rows[start : start + size]

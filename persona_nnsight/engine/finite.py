@@ -6,8 +6,8 @@ import nnsight
 import torch
 from torch import Tensor
 
-from persona_nnsight.engine.inputs import continuation_inputs
-from persona_nnsight.engine.prefill import Chunk
+from persona_nnsight.engine.chunk import Chunk
+from persona_nnsight.engine.inputs import forward_inputs
 from persona_nnsight.errors import PersonaError
 
 
@@ -40,8 +40,8 @@ def output_not_finite(chunk: Chunk, key: str, cell: int, continuations: Tensor) 
     """
     lm, layers = chunk.lm, chunk.layers
     rows = chunk.rows([chunk.cells[cell].prompts[key]])
-    fed = chunk.plan.tail + continuations.shape[1] - 1
-    with lm.trace(**continuation_inputs(chunk, rows, continuations[cell : cell + 1], fed)):
+    ids = torch.cat([chunk.prefix.tails[rows], continuations[cell : cell + 1, :-1]], dim=1)
+    with lm.trace(**forward_inputs(chunk.prefix.kv.select(rows), ids)):
         finite = nnsight.save([])
         for envoy in layers:
             finite.append(envoy.input[0].isfinite().all(-1))

@@ -1,138 +1,74 @@
-"""Prefill: the openings of all prompts of a chunk, each unique prompt once, as a KV cache."""
+"""Prefill: the openings of all prompts of a chunk as a KV cache, shared text once."""
 
 from __future__ import annotations
 
-import copy
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import nnsight
 import torch
 from torch import Tensor
-from transformers.cache_utils import DynamicCache, DynamicLayer, LinearAttentionCacheLayerMixin
+from transformers.cache_utils import DynamicLayer, LinearAttentionCacheLayerMixin
 
+from persona_nnsight.engine.chunk import Prefix, is_far
+from persona_nnsight.engine.inputs import forward_inputs, last_tokens
+from persona_nnsight.engine.kv_cache import KVCache, gather
 from persona_nnsight.errors import PersonaError
-from persona_nnsight.module_tree import ModuleTree
-from persona_nnsight.plan import CellPlan, Plan, unique_prompts, user_last
+from persona_nnsight.plan import Plan
+from persona_nnsight.prefix_tree import PrefixTree, Segment
 
 
-@dataclass(frozen=True)
-class Prefix:
-    """KV caches of prompt openings, one row per unique prompt, padded on the left.
-
-    Attributes:
-        cache: the KV cache.
-        opening, mask: token ids and attention mask, int [prompts, length].
-        tails: the last tokens of every prompt, which are not in the cache, int [prompts, tail].
-        row: from an index into `Plan.prompts` to a row.
-    """
-
-    cache: DynamicCache
-    opening: Tensor
-    mask: Tensor
-    tails: Tensor
-    row: dict[int, int]
-
-
-@dataclass(frozen=True)
-class Chunk:
-    """What all steps on a chunk of cells share: the model, the plan, the cells, their prefix."""
-
-    lm: Any
-    tree: ModuleTree
-    plan: Plan
-    cells: Sequence[CellPlan]
-    prefix: Prefix
-
-    @property
-    def layers(self) -> Any:
-        """The decoder layers, as nnsight envoys."""
-        return self.lm.get(self.tree.layers)
-
-    def residual(self, layer: int) -> Tensor:
-        """The residual at a layer, inside a trace of several forwards that share a KV cache.
-
-        Where there is one, it is read from the norm that it goes through first: a server's sandbox
-        hands out copies of a module's arguments and puts them in their place, and a decoder layer
-        has the cache among its arguments, which would stay behind.
-
-        Raises:
-            PersonaError: layer 0 in a sandbox, of a model without such a norm.
-        """
-        norm = self.tree.input_norm
-        if norm is None:
-            return self.editable_residual(layer)
-        read: Tensor = self.layers[layer].get(norm).input
-        return read
-
-    def editable_residual(self, layer: int) -> Tensor:
-        """The same, to be edited in place: what the layer below leaves.
-
-        Raises:
-            PersonaError: layer 0 in a sandbox.
-        """
-        if layer == 0:
-            if is_far(self.lm):
-                raise PersonaError(
-                    "A server that runs jobs in a sandbox cannot do this at layer 0; leave layer 0 "
-                    "out (--layers 1-... in place of all)."
-                )
-            first: Tensor = self.layers[0].input
-            return first
-        below = self.layers[layer - 1].output
-        hidden: Tensor = below[0] if isinstance(below, tuple) else below
-        return hidden
-
-    @property
-    def dtype(self) -> torch.dtype:
-        """Of the model's activations."""
-        dtype: torch.dtype = self.lm._module.dtype
-        return dtype
-
-    @property
-    def device(self) -> torch.device:
-        """Where token ids, row numbers and recorded residuals are kept."""
-        return self.prefix.opening.device
-
-    def rows(self, prompts: Sequence[int]) -> Tensor:
-        """Rows of the prefix that hold these prompts of the plan, int [prompts]."""
-        return torch.tensor([self.prefix.row[prompt] for prompt in prompts], device=self.device)
-
-    def tail_offsets(self, prompts: Sequence[int], position: str) -> Tensor:
-        """Index within the tail of a prompt position, int [prompts]."""
-        tail = self.plan.tail
-        if position == "p_last":
-            return torch.full((len(prompts),), tail - 1, device=self.device)
-        chosen = [self.plan.prompts[prompt] for prompt in prompts]
-        return torch.tensor(
-            [user_last(prompt) - (len(prompt.ids) - tail) for prompt in chosen],
-            device=self.device,
-        )
-
-
-def prefill(lm: Any, plan: Plan, cells: Sequence[CellPlan]) -> Prefix:
-    """Run the opening of every prompt of `cells` once.
+def prefill(lm: Any, plan: Plan, tree: PrefixTree) -> Prefix:
+    """Run the opening of every prompt.
 
     Raises:
         PersonaError: a model that keeps something else than a KV cache between tokens.
     """
-    prompts = unique_prompts(plan, cells)
-    openings = [plan.prompts[index].ids[: -plan.tail] for index in prompts]
-    length = max(map(len, openings))
-    padded = [[plan.pad_id] * (length - len(ids)) + list(ids) for ids in openings]
-    seen = [[0] * (length - len(ids)) + [1] * len(ids) for ids in openings]
     # Far from the weights, the forward's own output says where tensors live.
-    begin = torch.device("cpu") if is_far(lm) else lm.device
-    opening = torch.tensor(padded, device=begin)
-    mask = torch.tensor(seen, device=begin)
-    with lm.trace(
-        input_ids=opening,
-        attention_mask=mask,
-        position_ids=position_ids(mask),
-        use_cache=True,
-        logits_to_keep=1,
-    ):
+    device = torch.device("cpu") if is_far(lm) else lm.device
+    done: dict[int, tuple[KVCache, int]] = {}
+    for batch in tree.batches:
+        kv = _run(lm, plan.pad_id, [tree.segments[number] for number in batch], done, device)
+        done.update({number: (kv, row) for row, number in enumerate(batch)})
+    place = {number: at for at, number in enumerate(done)}
+    order = sorted(range(len(tree.prompts)), key=lambda index: place[tree.last[index]])
+    found = [done[tree.last[index]] for index in order]
+    # Caches with sliding windows, which cannot be gathered, come in one batch.
+    kv = gather(found) if len(tree.batches) > 1 else kv.select([row for _, row in found])
+    device, length = kv.mask.device, kv.mask.shape[1]
+    prompts = [tree.prompts[index] for index in order]
+    ids = [plan.prompts[prompt].ids for prompt in prompts]
+    padding = [length - len(own) + plan.tail for own in ids]
+    padded = [
+        [plan.pad_id] * n + list(own[: -plan.tail]) for n, own in zip(padding, ids, strict=True)
+    ]
+    return Prefix(
+        kv=kv,
+        opening=torch.tensor(padded, device=device),
+        tails=torch.tensor([own[-plan.tail :] for own in ids], device=device),
+        row={prompt: row for row, prompt in enumerate(prompts)},
+    )
+
+
+def _run(
+    lm: Any,
+    pad_id: int,
+    segments: Sequence[Segment],
+    done: Mapping[int, tuple[KVCache, int]],
+    device: torch.device,
+) -> KVCache:
+    """Run segments of one depth; what stands before them is `done`, by segment."""
+    length = max(len(segment.ids) for segment in segments)
+    padding = [length - len(segment.ids) for segment in segments]
+    ids = [[pad_id] * n + list(own.ids) for n, own in zip(padding, segments, strict=True)]
+    seen = [[0] * n + [1] * (length - n) for n in padding]
+    parents = [done[segment.parent] for segment in segments if segment.parent is not None]
+    before = gather(parents) if parents else None
+    device = device if before is None else before.mask.device
+    inputs = forward_inputs(
+        before, torch.tensor(ids, device=device), seen=torch.tensor(seen, device=device)
+    )
+    with lm.trace(**inputs, logits_to_keep=last_tokens(length, 0)):
         cache = nnsight.save(lm.output.past_key_values)
     for layer in cache.layers:
         if isinstance(layer, LinearAttentionCacheLayerMixin) or not isinstance(layer, DynamicLayer):
@@ -141,35 +77,5 @@ def prefill(lm: Any, plan: Plan, cells: Sequence[CellPlan]) -> Prefix:
                 "by the rows of a batch; only models whose every layer has ordinary or "
                 "sliding-window attention are supported."
             )
-    device = cache.layers[0].keys.device
-    tails = [plan.prompts[index].ids[-plan.tail :] for index in prompts]
-    return Prefix(
-        cache=cache,
-        opening=opening.to(device),
-        mask=mask.to(device),
-        tails=torch.tensor(tails, device=device),
-        row={index: row for row, index in enumerate(prompts)},
-    )
-
-
-def is_far(lm: Any) -> bool:
-    """Whether the weights are in another process, as in a server's sandbox, where lm has none."""
-    return bool(lm.device.type == "meta")
-
-
-def select_rows(cache: DynamicCache, rows: Tensor, first_layer: int = 0) -> DynamicCache:
-    """A cache of its own for `rows`; layers below `first_layer` are skipped, so not copied."""
-    chosen = copy.copy(cache)
-    chosen.layers = [copy.copy(layer) for layer in cache.layers]
-    for layer in chosen.layers[first_layer:]:
-        assert isinstance(layer, DynamicLayer)  # prefill has refused all others
-        assert layer.keys is not None
-        assert layer.values is not None
-        layer.keys = layer.keys.index_select(0, rows.to(layer.keys.device))
-        layer.values = layer.values.index_select(0, rows.to(layer.values.device))
-    return chosen
-
-
-def position_ids(mask: Tensor) -> Tensor:
-    """Positions that leave padding out of the count, int like `mask`."""
-    return (mask.cumsum(-1) - 1).clamp(min=0)
+    mask: Tensor = inputs["attention_mask"]
+    return KVCache(cache, mask.to(cache.layers[0].keys.device))

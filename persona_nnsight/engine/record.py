@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 import nnsight
@@ -10,9 +10,10 @@ import torch
 from torch import Tensor
 
 from persona_nnsight.conditions import RESIDUAL_KEYS
+from persona_nnsight.engine.chunk import Chunk
 from persona_nnsight.engine.finite import output_not_finite, residual_not_finite
-from persona_nnsight.engine.inputs import GREEDY, grown_mask, prompt_inputs
-from persona_nnsight.engine.prefill import Chunk, select_rows
+from persona_nnsight.engine.inputs import forward_inputs, last_tokens, prompt_inputs
+from persona_nnsight.engine.kv_cache import KVCache
 from persona_nnsight.geometry import decompose
 from persona_nnsight.plan import Plan
 from persona_nnsight.sites import generated_index
@@ -47,69 +48,19 @@ class Record:
 
 
 def record(chunk: Chunk) -> Record:
-    """Decode XY's continuation, and read every asked site of all conditions on the way.
+    """Decode XY's continuation, and read every asked site of all conditions.
 
     Raises:
         PersonaError: a residual or an output that is not finite.
     """
-    lm, plan, layers, norm = chunk.lm, chunk.plan, chunk.layers, chunk.tree.input_norm
-    keys = ["XY", *(key for key in plan.roles if key != "XY")]
-    n_cells, n_keys = len(chunk.cells), len(keys)
-    prompts = [cell.prompts[key] for key in keys for cell in chunk.cells]
-    rows = chunk.rows(prompts)
-    offsets = {
-        name: chunk.tail_offsets(prompts, name)
-        for name in plan.positions
-        if generated_index(name) == 0
-    }
-    every = torch.arange(len(rows), device=chunk.device)
-    steps = plan.last_generated + 1
-    with lm.generate(**prompt_inputs(chunk, rows, steps)) as tracer:
-        reads = nnsight.save([])
-        norms = nnsight.save([])
-        broken = nnsight.save([])
-        for step in tracer.iter[:steps]:
-            # The forward of step k feeds the k-th generated token; step 0 feeds the tails.
-            names = [name for name in plan.positions if generated_index(name) == step]
-            for layer in plan.layers:
-                for name in names:
-                    hidden = chunk.residual(layer)
-                    where = offsets[name].to(hidden.device) if step == 0 else -1
-                    read = hidden[every.to(hidden.device), where]
-                    reads.append((name, layer, read.float().to(chunk.device)))
-                if norm is not None and names:
-                    normed = layers[layer].get(norm).output
-                    for name in names:
-                        where = offsets[name].to(normed.device) if step == 0 else -1
-                        read = normed[every.to(normed.device), where]
-                        norms.append((name, layer, read.float().to(chunk.device)))
-            logits = lm.output.logits
-            broken.append(_overflowed(logits[:n_cells, -1]))
-            logits[n_cells:, -1] = logits[:n_cells, -1].repeat(n_keys - 1, 1)
-            cache = nnsight.save(lm.output.past_key_values)
-        ids = nnsight.save(tracer.result)
-    continuations = ids[:n_cells, -steps:]
-    if plan.window > 1:
-        # XY goes on alone.
-        own = torch.arange(n_cells, device=chunk.device)
-        with lm.generate(
-            input_ids=ids[:n_cells],
-            attention_mask=grown_mask(chunk.prefix.mask[rows[:n_cells]], plan.tail + steps),
-            past_key_values=select_rows(cache, own),
-            max_new_tokens=plan.window - 1,
-            pad_token_id=plan.pad_id,
-            **GREEDY,
-        ) as tracer:
-            broken_later = nnsight.save([])
-            for _ in tracer.iter[: plan.window - 1]:
-                broken_later.append(_overflowed(lm.output.logits[:, -1]))
-            more = nnsight.save(tracer.result)
-        broken = [*broken, *broken_later]
-        continuations = torch.cat([continuations, more[:, -(plan.window - 1) :]], dim=1)
-    residuals = _by_key(chunk, keys, reads)
+    plan = chunk.plan
+    continuations, broken, xy = _decode(chunk)
+    keys = [key for key in plan.roles if key != "XY"]
+    found = [xy, _baselines(chunk, keys, continuations)]
+    residuals = _by_key(chunk, keys, [sites.residuals for sites in found])
     geometry = decompose(residuals) if "XB" in residuals else {}
-    if geometry and norms:
-        after_norm = decompose(_by_key(chunk, keys, norms))
+    if geometry and xy.normed:
+        after_norm = decompose(_by_key(chunk, keys, [sites.normed for sites in found]))
         geometry["inter_over_xy_normed"] = after_norm["inter_over_xy"]
     if plan.given_x is not None:
         given = torch.tensor([plan.given_x[cell.persona] for cell in chunk.cells])
@@ -120,21 +71,119 @@ def record(chunk: Chunk) -> Record:
         continuations=continuations,
         lengths=lengths_to_eos(continuations, plan.eos_ids),
     )
-    _check_finite(chunk, recorded, torch.stack(list(broken), dim=1))
+    _check_finite(chunk, recorded, broken)
     return recorded
 
 
-def _by_key(
-    chunk: Chunk, keys: Sequence[str], reads: Sequence[tuple[str, int, Tensor]]
-) -> dict[str, Tensor]:
-    """Reads (position, layer, [keys * cells, d_model]) as [cells, positions, layers, d_model]."""
-    plan = chunk.plan
-    found = {(name, layer): read for name, layer, read in reads}
-    sites = [found[name, layer] for name in plan.positions for layer in plan.layers]
-    stacked = torch.stack(sites, dim=1).reshape(
-        len(keys), len(chunk.cells), len(plan.positions), len(plan.layers), -1
+@dataclass(frozen=True)
+class _Sites:
+    """What was read of some rows, by (position, layer): float32 [rows, d_model] each.
+
+    `normed` is the same after the layer's input norm, and empty in architectures without one.
+    """
+
+    residuals: dict[tuple[str, int], Tensor]
+    normed: dict[tuple[str, int], Tensor]
+
+
+def _read(chunk: Chunk, sites: _Sites, where: Mapping[str, Tensor | int]) -> None:
+    """Read the tokens `where` in every row of a traced forward, by position, at every layer."""
+    norm = chunk.tree.input_norm
+    for layer in chunk.plan.layers if where else ():
+        _keep(chunk, sites.residuals, layer, chunk.residual(layer), where)
+        if norm is not None:
+            _keep(chunk, sites.normed, layer, chunk.layers[layer].get(norm).output, where)
+
+
+def _keep(
+    chunk: Chunk,
+    kept: dict[tuple[str, int], Tensor],
+    layer: int,
+    hidden: Tensor,
+    where: Mapping[str, Tensor | int],
+) -> None:
+    every = torch.arange(len(hidden), device=hidden.device)
+    for name, token in where.items():
+        column = token.to(hidden.device) if isinstance(token, Tensor) else token
+        kept[name, layer] = hidden[every, column].float().to(chunk.device)
+
+
+def _decode(chunk: Chunk) -> tuple[Tensor, Tensor, _Sites]:
+    """XY's greedy tokens, whether their logits overflowed, and the sites of XY.
+
+    Returns:
+        int [cells, reference_tokens], bool [cells, reference_tokens], and sites of every cell.
+    """
+    lm, plan = chunk.lm, chunk.plan
+    prompts = [cell.prompts["XY"] for cell in chunk.cells]
+    # The forward of step k feeds the k-th generated token; step 0 feeds the tails.
+    where: list[dict[str, Tensor | int]] = [{} for _ in range(plan.reference_tokens)]
+    for name in plan.positions:
+        k = generated_index(name)
+        where[k][name] = -1 if k else chunk.tail_offsets(prompts, name)
+    inputs = prompt_inputs(chunk, chunk.rows(prompts), plan.reference_tokens)
+    with lm.generate(**inputs) as tracer:
+        residuals = nnsight.save({})
+        normed = nnsight.save({})
+        broken = nnsight.save([])
+        for step in tracer.iter[: plan.reference_tokens]:
+            _read(chunk, _Sites(residuals, normed), where[step])
+            broken.append(_overflowed(lm.output.logits[:, -1]))
+        ids = nnsight.save(tracer.result)
+    sites = _Sites(residuals, normed)
+    return ids[:, -plan.reference_tokens :], torch.stack(list(broken), dim=1), sites
+
+
+def _baselines(chunk: Chunk, keys: Sequence[str], continuations: Tensor) -> _Sites:
+    """The sites of the prompts `keys` of every cell, on XY's continuation: rows key by key."""
+    lm, plan, prefix = chunk.lm, chunk.plan, chunk.prefix
+    prompts = [cell.prompts[key] for key in keys for cell in chunk.cells]
+    # Cells share baselines, which differ from cell to cell only once they follow a continuation.
+    unique = list(dict.fromkeys(prompts))
+    rows = chunk.rows(unique)
+    where: dict[str, Tensor | int] = {
+        name: chunk.tail_offsets(unique, name)
+        for name in plan.positions
+        if not generated_index(name)
+    }
+    inputs = forward_inputs(prefix.kv.select(rows), prefix.tails[rows])
+    with lm.trace(**inputs, logits_to_keep=last_tokens(plan.tail, 0)):
+        residuals = nnsight.save({})
+        normed = nnsight.save({})
+        _read(chunk, _Sites(residuals, normed), where)
+        cache = nnsight.save(lm.output.past_key_values)
+    own = [unique.index(prompt) for prompt in prompts]
+    sites = _Sites(
+        {site: value[own] for site, value in residuals.items()},
+        {site: value[own] for site, value in normed.items()},
     )
-    return dict(zip(keys, stacked, strict=True))
+    if not plan.last_generated:
+        return sites
+    where = {name: k - 1 for name in plan.positions if (k := generated_index(name))}
+    after = KVCache(cache, inputs["attention_mask"]).select(own)
+    ids = continuations[:, : plan.last_generated].repeat(len(keys), 1)
+    with lm.trace(**forward_inputs(after, ids), logits_to_keep=last_tokens(plan.last_generated, 0)):
+        residuals = nnsight.save({})
+        normed = nnsight.save({})
+        _read(chunk, _Sites(residuals, normed), where)
+    return _Sites({**sites.residuals, **residuals}, {**sites.normed, **normed})
+
+
+def _by_key(
+    chunk: Chunk,
+    keys: Sequence[str],
+    found: Sequence[Mapping[tuple[str, int], Tensor]],
+) -> dict[str, Tensor]:
+    """Sites of XY, and of `keys` one after the other, as [cells, positions, layers, d_model]."""
+    plan = chunk.plan
+    shape = (-1, len(chunk.cells), len(plan.positions), len(plan.layers), chunk.tree.d_model)
+    xy, baselines = (
+        torch.stack(
+            [sites[name, layer] for name in plan.positions for layer in plan.layers], dim=1
+        ).reshape(shape)
+        for sites in found
+    )
+    return {"XY": xy[0], **dict(zip(keys, baselines, strict=True))}
 
 
 def public_residuals(chunk: Chunk, recorded: Record) -> dict[str, Tensor]:

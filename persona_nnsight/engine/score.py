@@ -9,11 +9,10 @@ import nnsight
 import torch
 from torch import Tensor
 
-from persona_nnsight.costs import fed_tokens
-from persona_nnsight.engine.extend import HostRun, entry_layer
+from persona_nnsight.engine.chunk import Chunk
+from persona_nnsight.engine.extend import Clean, HostRun, entry_layer
 from persona_nnsight.engine.finite import edited_not_finite
-from persona_nnsight.engine.inputs import continuation_inputs
-from persona_nnsight.engine.prefill import Chunk
+from persona_nnsight.engine.inputs import forward_inputs, last_tokens
 from persona_nnsight.engine.record import Record
 from persona_nnsight.interventions import edit_vector, seeded_noise
 from persona_nnsight.measures import window_kl
@@ -23,7 +22,7 @@ from persona_nnsight.sites import generated_index
 def score(
     chunk: Chunk,
     recorded: Record,
-    clean: Tensor,
+    clean: Clean,
     host: HostRun,
     batch: Sequence[tuple[int, int]],
 ) -> list[tuple[float, int]]:
@@ -31,7 +30,7 @@ def score(
 
     Args:
         chunk, recorded: the chunk and its clean runs.
-        clean: XY's log-probabilities, float32 [cells, reference_tokens, vocab].
+        clean: what XY predicts.
         host: the unedited run of the prompt that is edited.
         batch: rows (cell within the chunk, edit of the plan); the edits share positions and layers.
 
@@ -41,38 +40,44 @@ def score(
     lm, plan, layers = chunk.lm, chunk.plan, chunk.layers
     edit = plan.edits[batch[0][1]]
     entry = entry_layer(plan, edit)
+    cells = [cell for cell, _ in batch]
+    in_batch = torch.arange(len(batch), device=chunk.device)
     # The window follows the first site that is written.
     k = generated_index(edit.positions[0])
-    fed = fed_tokens(plan, edit.positions)
-    prompts = [chunk.cells[cell].prompts[host.key] for cell, _ in batch]
-    of_cell = torch.tensor([cell for cell, _ in batch], device=chunk.device)
-    in_batch = torch.arange(len(batch), device=chunk.device)
+    end = plan.tail - 1 + k + plan.window
     # A site that lies beyond the window cannot touch its logits, and is not fed.
     reached = [name for name in edit.positions if generated_index(name) < k + plan.window]
-    offsets = {name: _fed_offsets(chunk, prompts, name) for name in reached}
-    stored = host.residuals[entry]
-    feed = stored[of_cell.to(stored.device), :fed]
+    prompts = [chunk.cells[cell].prompts[host.key] for cell in cells]
+    offsets = {name: _offsets(chunk, prompts, name) for name in reached}
+    # Tokens before the first site are as in the unedited run, whose KV cache has them.
+    start = int(offsets[reached[0]].min()) if host.holds_tail else 0
+    feed = host.residuals[entry][cells, start:end]
     vectors = written_vectors(chunk, recorded, batch)
-    at_entry = vectors.pop(entry, {})
-    for name in reached if at_entry else ():
-        where = (in_batch.to(feed.device), offsets[name].to(feed.device))
-        feed[where] = at_entry[name].to(feed.device, feed.dtype)
-    n_tokens = (recorded.lengths[of_cell] - k).clamp(0, plan.window)
-    continuations = recorded.continuations[of_cell]
-    with lm.trace(
-        **continuation_inputs(chunk, chunk.rows(prompts), continuations, fed, first_layer=entry),
-        logits_to_keep=plan.window,
-    ):
+
+    def write(hidden: Tensor, written: dict[str, Tensor]) -> None:
+        for name in reached:
+            where = (in_batch.to(hidden.device), (offsets[name] - start).to(hidden.device))
+            hidden[where] = written[name].to(hidden.device, hidden.dtype)
+
+    if entry in vectors:
+        write(feed, vectors.pop(entry))
+    n_tokens = (recorded.lengths[cells] - k).clamp(0, plan.window)
+    before = host.kv.select(
+        cells, length=host.opening + start, first_layer=entry, room=chunk.room(end - start)
+    )
+    inputs = forward_inputs(before, host.ids[cells, start:end])
+    with lm.trace(**inputs, logits_to_keep=last_tokens(end - start, plan.window)):
         for skipped in layers[:entry]:
             skipped.skip(feed)
         layers[entry].input = feed
         for layer, written in vectors.items():
-            hidden = layers[layer].input
-            for name in reached:
-                where = (in_batch.to(hidden.device), offsets[name].to(hidden.device))
-                hidden[where] = written[name].to(hidden.device, hidden.dtype)
-        expected = clean[of_cell.to(clean.device), k : k + plan.window]
-        kl = nnsight.save(window_kl(expected, lm.output.logits, n_tokens))
+            write(layers[layer].input, written)
+        window = slice(k, k + plan.window)
+        kl = nnsight.save(
+            window_kl(
+                clean.logprobs[:, window], clean.probs[:, window], lm.output.logits, cells, n_tokens
+            )
+        )
     results = list(zip(kl.tolist(), n_tokens.tolist(), strict=True))
     for (cell, index), (value, count) in zip(batch, results, strict=True):
         if count and not math.isfinite(value):
@@ -112,7 +117,7 @@ def written_vectors(
     return vectors
 
 
-def _fed_offsets(chunk: Chunk, prompts: Sequence[int], position: str) -> Tensor:
+def _offsets(chunk: Chunk, prompts: Sequence[int], position: str) -> Tensor:
     """Index of `position` within tail and continuation, int [prompts]."""
     if k := generated_index(position):
         return torch.full((len(prompts),), chunk.plan.tail - 1 + k, device=chunk.device)

@@ -7,8 +7,8 @@ from collections.abc import Sequence
 import nnsight
 from torch import Tensor
 
+from persona_nnsight.engine.chunk import Chunk
 from persona_nnsight.engine.inputs import prompt_inputs
-from persona_nnsight.engine.prefill import Chunk
 from persona_nnsight.engine.record import Record, cut_rows, lengths_to_eos
 from persona_nnsight.engine.score import written_vectors
 from persona_nnsight.sites import generated_index

@@ -1,0 +1,65 @@
+"""Batches, and what to do when memory runs out: halve the batch and go on."""
+
+from __future__ import annotations
+
+import gc
+import logging
+from collections.abc import Callable, Iterator, Sequence
+from typing import TypeVar
+
+import torch
+
+from persona_nnsight.costs import spans
+from persona_nnsight.errors import PersonaError
+
+T = TypeVar("T")
+R = TypeVar("R")
+
+_log = logging.getLogger(__name__)
+
+
+def in_batches(
+    items: Sequence[T], size: int, work: Callable[[Sequence[T]], R]
+) -> Iterator[tuple[Sequence[T], R]]:
+    """Work on `items` in batches of at most `size`, as they are asked for.
+
+    Returns:
+        Each batch and its result. After memory ran out, batches are half as large.
+
+    Raises:
+        PersonaError: memory does not suffice for a single item.
+    """
+    start = 0
+    while start < len(items):
+        batch = items[start : start + len(next(spans(len(items) - start, size)))]
+        try:
+            result = work(batch)
+        except Exception as error:
+            if not _is_out_of_memory(error):
+                raise
+            said = (str(error).strip().splitlines() or ["no more was said"])[-1]
+        else:
+            start += len(batch)
+            yield batch, result
+            continue
+        # Beyond the handler, where the error no longer holds on to the tensors of its frames.
+        if len(batch) == 1:
+            raise PersonaError(
+                f"Memory ran out with a single row ({said}); free some of it, or use a shorter "
+                "--window, another --dtype or another --device."
+            )
+        size = (len(batch) + 1) // 2
+        _log.warning("Memory ran out with %d rows; going on with %d at a time.", len(batch), size)
+        gc.collect()
+        if torch.cuda.is_available():
+            torch.cuda.empty_cache()
+
+
+def _is_out_of_memory(error: Exception) -> bool:
+    """Whether it is torch's error of a GPU, or what its allocator says on a CPU and on Apple's."""
+    if isinstance(error, torch.OutOfMemoryError | MemoryError):
+        return True
+    said = str(error).lower()
+    return isinstance(error, RuntimeError) and (
+        "out of memory" in said or "can't allocate memory" in said or "not enough memory" in said
+    )
