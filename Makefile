@@ -4,7 +4,7 @@ VENV := .venv
 BIN := $(VENV)/bin
 MODEL := smollm2-135m
 
-.PHONY: demo test test-slow test-ndif ndif-server ndif-server-down example readme clean
+.PHONY: demo test test-slow test-ndif bench ndif-server ndif-server-down example readme clean
 
 ## Fetch the embedded model and run the main experiment on it.
 demo: $(VENV)/installed
@@ -27,6 +27,10 @@ test-slow: $(VENV)/tested
 ## Run the commands on a real NDIF server, which this installs, starts and stops.
 test-ndif: $(VENV)/tested
 	HF_HUB_OFFLINE=1 $(BIN)/python -m pytest -m ndif
+
+## Time the published procedure and ours, and draw what the cost grows with. BENCH: its options.
+bench: $(VENV)/tested
+	THP_MEM_ALLOC_ENABLE=1 HF_HUB_OFFLINE=1 $(BIN)/python tests/benchmarks $(BENCH)
 
 ## Start that server to try remote work with, and stop it.
 ndif-server: $(VENV)/installed
