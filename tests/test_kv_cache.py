@@ -188,10 +188,13 @@ def test_a_selection_of_a_cache_that_has_grown(tiny: Tiny, room: int) -> None:
     texts = [text + rest for text, rest in zip(TEXTS, more, strict=True)]
     assert_holds(module, kv, texts)
     before = picture(kv)
-    for rows in ([1, 2], [3, 0, 3]):
-        assert_goes_on(module, kv.select(rows, room=3), [texts[row] for row in rows])
+    for rows in ([1, 2], [3, 0, 3], [0, 1, 2, 3]):
         cut = [texts[row][:-2] for row in rows]
-        assert_goes_on(module, kv.select(rows, length=18, room=3), cut)
+        for again in (0, 3):
+            whole = [texts[row] for row in rows]
+            assert_goes_on(module, kv.select(rows, room=again), whole)
+            assert_goes_on(module, kv.select(rows, length=18, room=again), cut)
+        assert_goes_on(module, gather([(kv, row) for row in rows]), whole)
     assert_same(before, picture(kv))
 
 

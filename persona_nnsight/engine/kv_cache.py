@@ -154,7 +154,11 @@ def _tensors(layer: Any) -> tuple[Tensor, Tensor]:
 
 def _with(layer: Any, keys: Tensor, values: Tensor, length: int | None) -> Any:
     """A layer like this one with other keys and values, of `length` tokens (None: as many)."""
-    other = copy.copy(layer)
+    if isinstance(layer, _GrowingLayer):  # whose room is its own
+        other: Any = DynamicLayer()
+        other.lazy_initialization(keys, values)
+    else:
+        other = copy.copy(layer)
     other.keys, other.values = keys, values
     if length is not None and isinstance(layer, DynamicSlidingWindowLayer):
         other.cumulative_length = length
