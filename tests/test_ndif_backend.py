@@ -105,7 +105,7 @@ def two_cells_a_job(monkeypatch: pytest.MonkeyPatch) -> None:
     sized = LocalBackend.limits
 
     def limits(self: Any, plan: Plan) -> Limits:
-        return replace(sized(self, plan), cells=2)
+        return replace(sized(LocalBackend(self.model), plan), cells=2)
 
     for backend in (NdifBackend, LocalBackend):
         monkeypatch.setattr(backend, "limits", limits)
