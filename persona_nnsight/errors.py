@@ -1,4 +1,4 @@
-"""The one exception a caller has to know."""
+"""The exceptions a caller has to know."""
 
 
 class PersonaError(Exception):
@@ -6,3 +6,7 @@ class PersonaError(Exception):
 
     The command line prints the message and exits with code 2; a notebook shows it as it is.
     """
+
+
+class OutOfMemoryError(PersonaError):
+    """Memory ran out with a single row; what was finished before is good."""

@@ -12,11 +12,13 @@ import torch
 from persona_nnsight.backends import Backend
 from persona_nnsight.backends.local import LocalBackend
 from persona_nnsight.costs import Cost, estimate
-from persona_nnsight.engine import Event, Recorded, Scored, Written, run
+from persona_nnsight.engine import run
+from persona_nnsight.engine.events import Event, Recorded, Scored, Written
 from persona_nnsight.grids import Grid
 from persona_nnsight.joint_plan import join
 from persona_nnsight.models import Model
 from persona_nnsight.plan import Plan
+from persona_nnsight.residuals import Residuals
 from persona_nnsight.results import CaptureResult, EditResult, MarkersResult, Result
 from persona_nnsight.sites import format_layers, format_positions
 from persona_nnsight.tables import Text, factors_of, geometry_table
@@ -131,7 +133,7 @@ class _Gathered:
             for cell, tokens in zip(event.cells, event.continuations, strict=True)
         }
         cells = sorted(continuations)
-        geometry = self._in_order(cells, [event.geometry for event in self.recorded])
+        geometry = self._geometry()
         common: dict[str, Any] = {
             "model": self.model,
             "grid": self.grid,
@@ -145,19 +147,17 @@ class _Gathered:
             "where": where,
         }
         if self.plan.keeps_residuals:
-            residuals = self._in_order(cells, [event.residuals or {} for event in self.recorded])
-            return CaptureResult(**common, residuals=residuals)
+            chunks = [(event.cells, event.residuals or {}) for event in self.recorded]
+            return CaptureResult(**common, residuals=Residuals(chunks))
         if any(edit.scored for edit in self.plan.edits):
             return EditResult(**common, scores=self.scores)
         return MarkersResult(**common)
 
-    def _in_order(
-        self, cells: Sequence[int], parts: Sequence[dict[str, torch.Tensor]]
-    ) -> dict[str, torch.Tensor]:
-        """What the chunks hold, by name: their cells joined, in the order of `cells`."""
-        place = [cell for event in self.recorded for cell in event.cells]
-        rows = [place.index(cell) for cell in cells]
-        return {key: torch.cat([part[key] for part in parts])[rows] for key in parts[0]}
+    def _geometry(self) -> dict[str, torch.Tensor]:
+        """What the chunks hold, by measure: their cells joined, in the order of the plan."""
+        cells = torch.tensor([cell for event in self.recorded for cell in event.cells])
+        parts = [event.geometry for event in self.recorded]
+        return {key: torch.cat([part[key] for part in parts])[cells.argsort()] for key in parts[0]}
 
 
 def _text(model: Model, plan: Plan, written: Written) -> Text:

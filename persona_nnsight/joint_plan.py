@@ -13,7 +13,7 @@ from dataclasses import dataclass, replace
 import torch
 
 from persona_nnsight.conditions import TASK_KEY
-from persona_nnsight.engine import Event, Recorded, Scored, Written
+from persona_nnsight.engine.events import Event, Recorded, Scored, Written
 from persona_nnsight.plan import CellPlan, Edit, Plan
 from persona_nnsight.prompts import Prompt
 from persona_nnsight.sites import POSITIONS
@@ -37,6 +37,9 @@ class JointPlan:
 
     def split(self, event: Event) -> Iterator[tuple[int, Event]]:
         """The event as each part sees it: (part, event)."""
+        if len(self.parts) == 1:
+            yield 0, event
+            return
         match event:
             case Recorded():
                 for part in range(len(self.parts)):
@@ -103,7 +106,7 @@ def join(plans: Sequence[Plan]) -> JointPlan:
         window=max(windows, default=first.window),
         keeps_residuals=any(plan.keeps_residuals for plan in plans),
         edits=tuple(
-            _on_cells(edit, own)
+            _on_cells(edit, own, len(cells))
             for plan, own in zip(plans, numbers, strict=True)
             for edit in plan.edits
         ),
@@ -118,7 +121,8 @@ def join(plans: Sequence[Plan]) -> JointPlan:
     )
 
 
-def _on_cells(edit: Edit, numbers: Sequence[int]) -> Edit:
-    """The edit on the joint plan's numbers of its cells."""
+def _on_cells(edit: Edit, numbers: Sequence[int], n_cells: int) -> Edit:
+    """The edit on the joint plan's numbers of its cells, which may be all of them."""
     own = range(len(numbers)) if edit.cells is None else edit.cells
-    return replace(edit, cells=tuple(numbers[cell] for cell in own))
+    cells = tuple(numbers[cell] for cell in own)
+    return replace(edit, cells=None if len(cells) == n_cells else cells)

@@ -9,6 +9,7 @@ from __future__ import annotations
 import hashlib
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
+from functools import cached_property
 from typing import TYPE_CHECKING
 
 from persona_nnsight.conditions import DONOR_KEY, RESIDUAL_KEYS, TASK_KEY
@@ -53,7 +54,12 @@ class Edit:
 
     def runs_on(self, cell: int) -> bool:
         """Whether the plan's cell number `cell` is one of its cells."""
-        return self.cells is None or cell in self.cells
+        return self._cells is None or cell in self._cells
+
+    @cached_property
+    def _cells(self) -> frozenset[int] | None:
+        """Asked for every cell: a tuple would make plans of many cells slow."""
+        return None if self.cells is None else frozenset(self.cells)
 
 
 @dataclass(frozen=True)

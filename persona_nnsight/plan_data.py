@@ -1,7 +1,9 @@
-"""A plan as JSON-like data and back, and cut into parts of fewer cells."""
+"""A plan as JSON-like data and back, by a short name, and cut into parts of fewer cells."""
 
 from __future__ import annotations
 
+import hashlib
+import json
 from dataclasses import asdict, replace
 from typing import Any
 
@@ -12,6 +14,12 @@ from persona_nnsight.prompts import Prompt
 def to_data(plan: Plan) -> dict[str, Any]:
     """The plan as dictionaries, lists, strings and numbers."""
     return asdict(plan)
+
+
+def digest(plan: Plan) -> str:
+    """Short name of a plan: plans that differ in anything have others."""
+    text = json.dumps(to_data(plan), sort_keys=True)
+    return hashlib.sha256(text.encode()).hexdigest()[:16]
 
 
 def from_data(data: dict[str, Any]) -> Plan:

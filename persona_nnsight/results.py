@@ -8,11 +8,10 @@ from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from safetensors.torch import save_file
-
 from persona_nnsight.errors import PersonaError
 from persona_nnsight.findings import findings
 from persona_nnsight.manifest import run_manifest
+from persona_nnsight.residuals import Residuals
 from persona_nnsight.runs import save_run
 from persona_nnsight.sites import generated_index
 from persona_nnsight.tables import (
@@ -32,7 +31,7 @@ if TYPE_CHECKING:
     from torch import Tensor
 
     from persona_nnsight.costs import Cost
-    from persona_nnsight.engine import Scored
+    from persona_nnsight.engine.events import Scored
     from persona_nnsight.grids import Grid
     from persona_nnsight.models import Model
     from persona_nnsight.plan import Plan
@@ -81,7 +80,7 @@ class Result:
 
         Args:
             directory: where the run goes.
-            finishes: it may hold the record of this run's jobs on a server, which then goes.
+            finishes: it may hold the journal of this run, which then goes.
 
         Raises:
             PersonaError: the directory already holds something, or cannot be written.
@@ -128,12 +127,13 @@ class CaptureResult(Result):
     """Residuals and their geometry.
 
     Attributes:
-        residuals: ``BB``, ``XB``, ``BY``, ``XY``, each float32 [cells, positions, layers, d_model];
+        residuals: ``BB``, ``XB``, ``BY``, ``XY``, each float32 [cells, positions, layers, d_model],
+            joined when it is asked for (`persona_nnsight.residuals`);
             the cells are those of `continuations`, in its order; NaN where a continuation ended
             before the position.
     """
 
-    residuals: dict[str, Tensor]
+    residuals: Residuals
 
     def frame(self) -> pd.DataFrame:
         """Geometry per cell and site."""
@@ -163,7 +163,10 @@ class CaptureResult(Result):
                 "belong to one continuation."
             )
         at = [plan.positions.index(name) for name in positions]
-        h = {key: value[:, at] for key, value in self.residuals.items()}
+
+        def h(key: str, row: int) -> Tensor:
+            return self.residuals.of(key, row)[at]
+
         cells = [plan.cells[index] for index in self.continuations]
         # XB is one prompt whatever the task, and BY whatever the persona: the first cell will do.
         x_row = {cell.persona: row for row, cell in reversed(list(enumerate(cells)))}
@@ -181,14 +184,13 @@ class CaptureResult(Result):
             layers=plan.layers,
             personas={p.key: p.text for p in grid.personas if p.key in x_row},
             tasks={t.key: t.text for t in grid.tasks if t.key in y_row},
-            base=h["BB"][0],
-            delta_x={key: h["XB"][row] - h["BB"][row] for key, row in x_row.items()},
-            delta_y={key: h["BY"][row] - h["BB"][row] for key, row in y_row.items()},
+            base=h("BB", 0),
+            delta_x={key: h("XB", row) - h("BB", row) for key, row in x_row.items()},
+            delta_y={key: h("BY", row) - h("BB", row) for key, row in y_row.items()},
         )
 
     def write_files(self, directory: Path) -> None:
         """Write all files of the run into an existing directory."""
-        tensors = {f"h_{key}": value.contiguous() for key, value in self.residuals.items()}
         cells = [self.plan.cells[index] for index in self.continuations]
         axes = {
             "cells": [[cell.persona, cell.task] for cell in cells],
@@ -196,7 +198,7 @@ class CaptureResult(Result):
             "layers": self.plan.layers,
         }
         labels = {name: json.dumps(values) for name, values in axes.items()}
-        save_file(tensors, directory / "residuals.safetensors", metadata=labels)
+        self.residuals.write(directory / "residuals.safetensors", labels)
         super().write_files(directory)
 
 

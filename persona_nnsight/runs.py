@@ -13,8 +13,8 @@
 ``report.html``           written later by `persona_nnsight.report`, with ``figures/``
 ========================  ======================================================================
 
-While the jobs of a remote run are with a server, the directory holds ``pending.json`` and
-``parts/`` instead (`persona_nnsight.backends.ledger`).
+Until a run is finished the directory holds ``pending.json`` and ``parts/`` instead
+(`persona_nnsight.backends.journal`).
 
 The files are written under a temporary name and moved into place when all are done, ``run.json``
 last: a directory that holds it holds a whole run.
@@ -38,6 +38,9 @@ if TYPE_CHECKING:
 PENDING, PARTS, LOCK = "pending.json", "parts", ".lock"
 #: What a run that is finished always has.
 RUN = "run.json"
+#: What a process that is killed may leave, besides: files under their temporary names.
+_PARTIAL = ".partial-"
+_REMAINS = (LOCK, f".{PENDING}.partial")
 
 #: Columns of words, in every table; all other columns hold numbers or truth values.
 TEXT_COLUMNS = (
@@ -55,14 +58,14 @@ def check_free(directory: Path) -> None:
     advice = "choose another --out, or remove it first"
     try:
         if directory.is_dir():
-            if (directory / "run.json").exists():
+            if (directory / RUN).exists():
                 raise PersonaError(f"{str(directory)!r} already holds a run; {advice}.")
             if (directory / PENDING).exists():
                 raise PersonaError(
                     f"{str(directory)!r} holds a run that is not finished; go on with it by "
                     f"`persona resume {directory}`, or {advice}."
                 )
-            if any(directory.iterdir()):
+            if any(path.name not in _REMAINS for path in directory.iterdir()):
                 raise PersonaError(f"The directory {str(directory)!r} is not empty; {advice}.")
         elif directory.exists() or directory.is_symlink():
             raise PersonaError(f"{str(directory)!r} is a file, not a directory; {advice}.")
@@ -76,10 +79,10 @@ def check_free(directory: Path) -> None:
         )
 
 
-def _unwritable(directory: Path, error: OSError) -> PersonaError:
+def _unwritable(directory: Path, error: OSError, *, resumable: bool = False) -> PersonaError:
+    way_out = f"make room and `persona resume {directory}`" if resumable else "choose another --out"
     return PersonaError(
-        f"The run cannot be written to {str(directory)!r} ({error.strerror or error}); choose "
-        "another --out."
+        f"The run cannot be written to {str(directory)!r} ({error.strerror or error}); {way_out}."
     )
 
 
@@ -106,7 +109,7 @@ def save_run(
     Args:
         directory: where the run goes.
         write_files: writes all files of the run into the directory it is given.
-        finishes: the directory may hold the record of this run's jobs, which then goes.
+        finishes: the directory may hold the journal of this run, which then goes.
 
     Raises:
         PersonaError: the directory already holds something, or cannot be written.
@@ -118,26 +121,50 @@ def save_run(
     moved: list[Path] = []
     try:
         directory.mkdir(parents=True, exist_ok=True)
-        with tempfile.TemporaryDirectory(prefix=".partial-", dir=directory) as partial:
+        for path in directory.glob(f"{_PARTIAL}*"):
+            _remove(path)  # of an attempt that was killed here
+        with tempfile.TemporaryDirectory(prefix=_PARTIAL, dir=directory) as partial:
             write_files(Path(partial))
+            for path in Path(partial).rglob("*"):
+                sync(path)
             # run.json last: a directory that has it has everything.
-            for name in sorted(os.listdir(partial), key=lambda name: name == "run.json"):
+            for name in sorted(os.listdir(partial), key=lambda name: name == RUN):
                 moved.append(directory / name)
                 if pending:
                     _remove(directory / name)  # of an attempt that was stopped here
                 os.replace(Path(partial, name), directory / name)
+            sync(directory)
     except BaseException as error:
         for path in moved:
             _remove(path)
         if made:
             shutil.rmtree(directory, ignore_errors=True)
         if isinstance(error, OSError):
-            raise _unwritable(directory, error) from error
+            raise _unwritable(directory, error, resumable=pending) from error
         raise
-    if pending:
-        for name in (PENDING, PARTS, LOCK):
-            _remove(directory / name)
+    clear_journal(directory)
     return directory
+
+
+def clear_journal(directory: Path) -> None:
+    """Remove what a finished run was gone on with."""
+    for name in (PENDING, PARTS, LOCK):
+        _remove(directory / name)
+
+
+def sync(path: Path) -> None:
+    """Have the system write a file, or the names in a directory, to its disk.
+
+    Raises:
+        OSError: it cannot be written.
+    """
+    if path.is_dir() and os.name == "nt":
+        return  # Windows opens no directories
+    handle = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(handle)
+    finally:
+        os.close(handle)
 
 
 def _remove(path: Path) -> None:

@@ -17,7 +17,7 @@ from persona_nnsight.sites import NO_LAYERS, format_layers, format_positions
 if TYPE_CHECKING:
     from torch import Tensor
 
-    from persona_nnsight.engine import Scored
+    from persona_nnsight.engine.events import Scored
     from persona_nnsight.grids import Grid
     from persona_nnsight.plan import Edit, Plan
 

@@ -23,7 +23,6 @@ from persona_nnsight import Grid, Model, capture, inject, read_table, substitute
 from persona_nnsight.backends.local import LocalBackend
 from persona_nnsight.conditions import SUBSTITUTE_CONDITIONS
 from persona_nnsight.costs import Limits
-from persona_nnsight.engine import Event, run
 
 TinyDir = Callable[..., Path]
 
@@ -345,46 +344,6 @@ def test_no_chat_template(persona: Persona, tiny_dir: TinyDir) -> None:
     outcome = persona("capture", "-m", tiny_dir("gpt2", chat_template=None), "-g", "grid.yaml")
     assert outcome.code == 2
     assert "has no chat template" in outcome.err
-
-
-def test_interrupting_keeps_what_was_finished(
-    persona: Persona, tiny_dir: TinyDir, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    def interrupted(*arguments: Any) -> Any:
-        for number, event in enumerate(run(*arguments)):
-            if number == 20:
-                raise KeyboardInterrupt
-            yield event
-
-    monkeypatch.setattr("persona_nnsight.execution.run", interrupted)
-    outcome = persona("substitute", "-m", tiny_dir("llama"), "-g", "grid.yaml", "-o", "run")
-    assert outcome.code == 130
-    assert "Interrupted" in outcome.err
-    assert len(pd.read_csv("run/kl.csv")) == 19
-    assert json.loads(Path("run/run.json").read_text())["complete"] is False
-
-    def at_once(*arguments: Any) -> Any:
-        raise KeyboardInterrupt
-        yield Event  # type: ignore[unreachable]
-
-    monkeypatch.setattr("persona_nnsight.execution.run", at_once)
-    outcome = persona("capture", "-m", tiny_dir("llama"), "-g", "grid.yaml", "-o", "other")
-    assert outcome.code == 130
-    assert "nothing was written" in outcome.err
-    assert not Path("other").exists()
-
-
-def test_a_disk_that_is_full(
-    persona: Persona, tiny_dir: TinyDir, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
-) -> None:
-    def full(*_: object, **__: object) -> None:
-        raise OSError(28, "No space left on device")
-
-    monkeypatch.setattr("persona_nnsight.results.run_manifest", full)
-    outcome = persona("capture", "-m", tiny_dir("llama"), "-g", "grid.yaml", "-o", "run")
-    assert outcome.code == 2
-    assert "No space left on device" in outcome.err
-    assert files(tmp_path) == ["grid.yaml"]
 
 
 def test_nan_is_a_gap_not_a_word(persona: Persona, tiny_dir: TinyDir) -> None:

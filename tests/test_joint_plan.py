@@ -14,7 +14,8 @@ from test_texts_and_steering import MARKED
 from persona_nnsight import CaptureResult, Grid, Model
 from persona_nnsight.backends.local import LocalBackend
 from persona_nnsight.costs import Limits
-from persona_nnsight.engine import Recorded, Scored, Written, run
+from persona_nnsight.engine import run
+from persona_nnsight.engine.events import Recorded, Scored, Written
 from persona_nnsight.execution import Interrupted, execute, execute_together
 from persona_nnsight.experiments.capture import plan_capture
 from persona_nnsight.experiments.inject import plan_inject

@@ -12,9 +12,10 @@ import pytest
 import torch
 
 from persona_nnsight import PersonaError
-from persona_nnsight.backends.ledger import DONE, SENT, WAITING, Job, Ledger, Origin
+from persona_nnsight.backends.journal import Journal, Origin
+from persona_nnsight.backends.ledger import DONE, SENT, WAITING, Job, Ledger
 from persona_nnsight.backends.packing import pack, unpack
-from persona_nnsight.engine import Event, Recorded, Scored, Written
+from persona_nnsight.engine.events import Event, Recorded, Scored, Written
 from persona_nnsight.runs import check_free, save_run
 
 EVENTS = json.dumps({"recorded": [], "scored": [[0, 1, 0.1, 2]], "written": []})
@@ -23,7 +24,8 @@ TENSORS = {"0.geometry.cos": torch.tensor([1.5, math.nan, -math.inf])}
 
 def ledger_at(directory: Path | None) -> Ledger:
     origin = Origin(("substitute", "--grid", "ä.yaml"), "/some/where", {"model": "m 1", "é": "x"})
-    ledger = Ledger(directory, origin, host="http://127.0.0.1:1", server={"dtype": "float32"})
+    journal = None if directory is None else Journal(directory, "ndif", origin)
+    ledger = Ledger(journal, host="http://127.0.0.1:1", server={"dtype": "float32"})
     jobs = ledger.expect([("aa", 4), ("bb", 4), ("cc", 1)])
     jobs[0].state, jobs[0].id, jobs[0].status, jobs[0].bytes_up = DONE, "id-1", "COMPLETED", 10
     jobs[0].bytes_down, jobs[0].run_seconds, jobs[0].queue_seconds = 20, 0.5, 0.0
@@ -44,11 +46,13 @@ def test_round_trip(directory: Path) -> None:
     loaded = Ledger.load(directory)
     assert loaded == ledger
     assert list(loaded.jobs) == ["aa", "bb", "cc"]
-    assert loaded.origin is not None
-    assert loaded.origin.argv == ("substitute", "--grid", "ä.yaml")
-    loaded.origin = None
+    assert loaded.journal is not None
+    assert loaded.journal.argv == ["substitute", "--grid", "ä.yaml"]
+    loaded.journal.origin = None
     loaded.save()
-    assert Ledger.load(directory).origin is None
+    again = Ledger.load(directory).journal
+    assert again is not None
+    assert again.argv is None
 
 
 def test_known_jobs_are_kept(directory: Path) -> None:
@@ -103,17 +107,19 @@ def test_a_place_that_cannot_be_written(tmp_path: Path) -> None:
 
 def test_no_record(directory: Path) -> None:
     for path in (directory, directory.parent):
-        with pytest.raises(PersonaError, match="holds no jobs"):
+        with pytest.raises(PersonaError, match="holds no unfinished run"):
             Ledger.load(path)
     directory.mkdir(parents=True)
-    with pytest.raises(PersonaError, match="holds no jobs"):
+    with pytest.raises(PersonaError, match="holds no unfinished run"):
         Ledger.load(directory)
 
 
 def changed(**changes: Any) -> str:
     job = {"key": "aa", "cells": 1, **changes.pop("job", {})}
     origin = {"argv": ["substitute"], "cwd": "/", "subject": {}}
-    whole = {"format": 1, "host": "", "origin": origin, "server": {}, "jobs": [job]}
+    state = {"host": "", "server": {}, "jobs": [job]}
+    state.update({name: changes.pop(name) for name in list(changes) if name in state})
+    whole = {"format": 2, "backend": "ndif", "origin": origin, "state": state}
     return json.dumps({**whole, **changes})
 
 
@@ -127,7 +133,14 @@ def test_the_unchanged_record_is_fine(directory: Path) -> None:
     "text",
     [
         *("", "{", "[]", "null", "1", "{}", changed()[:-40], b"\xff\xfe\x00"),
-        *(changed(format=2), changed(format=None), changed(jobs=None), changed(jobs=[1])),
+        *(
+            changed(format=1),
+            changed(state=None),
+            changed(state=[]),
+            changed(format=None),
+            changed(jobs=None),
+            changed(jobs=[1]),
+        ),
         *(changed(jobs={"aa": 1}), changed(server=3), changed(origin=[]), changed(origin={})),
         *(changed(job={"of_the_future": 1}), changed(origin={"argv": 1, "cwd": "", "subject": 1})),
         changed(job={"state": "somewhere"}),
@@ -310,7 +323,7 @@ def test_finishing_needs_no_record(directory: Path) -> None:
 
 
 def test_one_process_works_on_a_run(directory: Path) -> None:
-    first, second = Ledger(directory), Ledger(directory)
+    first, second = (Ledger(Journal(directory, "ndif")) for _ in range(2))
     first.claim()
     with pytest.raises(PersonaError, match=f"worked on by process {os.getpid()};"):
         second.claim()
@@ -325,7 +338,7 @@ def test_one_process_works_on_a_run(directory: Path) -> None:
 
 def test_two_runs_do_not_share_a_directory(directory: Path) -> None:
     """Both found it free when they began."""
-    first, second = Ledger(directory), Ledger(directory)
+    first, second = (Ledger(Journal(directory, "ndif")) for _ in range(2))
     first.claim()
     first.release()
     with pytest.raises(PersonaError, match="Another run has taken"):

@@ -51,6 +51,7 @@ from persona_nnsight import (
     substitute,
 )
 from persona_nnsight.backends import Detached
+from persona_nnsight.backends.journal import Journal
 from persona_nnsight.backends.ledger import DONE as HERE
 from persona_nnsight.backends.ledger import FAILED, SENT, Ledger
 from persona_nnsight.backends.local import LocalBackend
@@ -123,7 +124,7 @@ class World:
         ledger = None
         if directory is not None:
             pending = (directory / "pending.json").exists()
-            ledger = Ledger.load(directory) if pending else Ledger(directory)
+            ledger = Ledger.load(directory) if pending else Ledger(Journal(directory, "ndif"))
         return NdifBackend(self.model, Server(self.fake.url), ledger=ledger, **options)
 
     def run(self, backend: NdifBackend) -> EditResult:
@@ -899,14 +900,14 @@ def other_version(pending: dict[str, Any]) -> None:
     [
         (
             lambda: change_text(Path("grid.yaml"), "Yoda", "Master Yoda"),
-            r"\(grid 1 was tiny \w+, is tiny \w+; plan 1 was substitute \w+, is substitute \w+\)",
+            r"\(grid 1 personas yoda was 'Yoda', is 'Master Yoda'; plan 1 was 'sub",
         ),
         (
             lambda: change_text(Path("grid.yaml"), "name: tiny", "name: other"),
-            r"\(grid 1 was tiny \w+, is other \w+\)",
+            r"\(grid 1 name was 'tiny', is 'other'\)",
         ),
-        (lambda: change_pending(other_window), r"\(plan 1 was substitute \w+, is substitute \w+\)"),
-        (lambda: change_pending(other_version), r"\(persona-nnsight was 0\.0\.0, is "),
+        (lambda: change_pending(other_window), r"\(plan 1 was 'substitute \w+', is 'sub"),
+        (lambda: change_pending(other_version), r"\(persona-nnsight was '0\.0\.0', is '"),
     ],
 )
 def test_a_changed_run_is_not_gone_on_with(
@@ -942,13 +943,13 @@ def test_a_changed_model_is_not_gone_on_with(
     (directory / "config.json").write_text(json.dumps(config))
     outcome = persona("resume", "run")
     assert_one_sentence(outcome)
-    assert "model was model " in outcome.err
+    assert "model was 'model " in outcome.err
 
 
 def test_the_jobs_of_another_host(command: Command, fake: FakeNdif, persona: Persona) -> None:
     fake.scripts = [(QUEUED,), DONE]
     assert command("--detach").code == 0
-    change_pending(lambda pending: pending.update(host="http://127.0.0.1:9"))
+    change_pending(lambda pending: pending["state"].update(host="http://127.0.0.1:9"))
     with pytest.MonkeyPatch.context() as impatient:
         impatient.setattr("persona_nnsight.backends.server.time", Clock())
         outcome = persona("resume", "run")
@@ -962,7 +963,7 @@ def test_a_directory_does_not_say_where_the_key_goes(
 ) -> None:
     fake.scripts = [(QUEUED,), DONE]
     assert command("--detach").code == 0
-    change_pending(lambda pending: pending.update(host="https://elsewhere.invalid"))
+    change_pending(lambda pending: pending["state"].update(host="https://elsewhere.invalid"))
     assert_one_sentence(outcome := persona("resume", "run"))
     assert "add --ndif-host https://elsewhere.invalid" in outcome.err
 
@@ -974,7 +975,7 @@ def test_a_directory_has_only_experiments_run(
     assert command("--detach").code == 0
     change_pending(lambda pending: pending["origin"].update(argv=["models", "pull", "x"]))
     assert_one_sentence(outcome := persona("resume", "run"))
-    assert "were not sent by a command" in outcome.err
+    assert "was not started by a command" in outcome.err
 
 
 def test_a_directory_that_went_away(command: Command, fake: FakeNdif, persona: Persona) -> None:
@@ -985,7 +986,7 @@ def test_a_directory_that_went_away(command: Command, fake: FakeNdif, persona: P
     assert "'/nowhere/at/all'" in outcome.err
     change_pending(lambda pending: pending.update(origin=None))
     assert_one_sentence(outcome := persona("resume", "run"))
-    assert "not sent by a command" in outcome.err
+    assert "was not started by a command" in outcome.err
 
 
 @pytest.mark.parametrize(
@@ -1085,7 +1086,7 @@ def test_jobs_of_a_run_that_had_none(persona: Persona, tiny_dir: TinyDir) -> Non
         assert_one_sentence(outcome := persona("jobs", backend))
         assert "had no jobs" in outcome.err
     assert_one_sentence(outcome := persona("jobs", "nowhere"))
-    assert "holds no jobs" in outcome.err
+    assert "holds no unfinished run" in outcome.err
     Path("bad").mkdir()
     Path("bad/run.json").write_text("[")
     assert_one_sentence(outcome := persona("jobs", "bad"))

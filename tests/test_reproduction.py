@@ -311,25 +311,38 @@ def test_the_command(
 def test_interrupting_the_command(
     persona: Persona, tiny_dir: Callable[..., Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Tables with holes are shown, kept and marked, wherever the interruption falls."""
-    (tmp_path / "long.yaml").write_text(LONG.to_yaml(), encoding="utf-8")
-    command = ("reproduce", "-m", tiny_dir("llama"), "--only", "table2,table4", "-g")
-    for stop in (9, 9 * 5 + 4, 9 * 14, 9 * 24 + 1):
-        monkeypatch.setattr("persona_nnsight.execution.run", cut_off(after=stop))
+    """Wherever the interruption falls, in the first pass or the second, the tables are the same."""
+    for name, grid in (("short", TINY_GRID), ("long", LONG)):
+        (tmp_path / f"{name}.yaml").write_text(grid.to_yaml(), encoding="utf-8")
+    grids = ("-g", "short=short.yaml", "-g", "long=long.yaml")
+    command = ("reproduce", "-m", tiny_dir("llama"), "--only", "table1,table4", *grids, "--out")
+    seen: list[object] = []
+    with monkeypatch.context() as watched:
+        watched.setattr("persona_nnsight.execution.run", engine_cut_off(10**9, seen))
+        assert persona(*command, "whole").code == 0
+    for stop in (1, len(seen) // 3, len(seen) - 5):
         out = Path(f"cut{stop}")
-        outcome = persona(*command, "long=long.yaml", "--out", out)
+        with monkeypatch.context() as stopped:
+            stopped.setattr("persona_nnsight.execution.run", engine_cut_off(stop, []))
+            outcome = persona(*command, out)
         assert outcome.code == 130, outcome.err
-        assert "Interrupted" in outcome.err
-        assert json.loads((out / "run.json").read_text())["complete"] is False
-        assert "interrupted" in (out / "report.html").read_text(encoding="utf-8")
+        assert f"`persona resume {out}` goes on" in outcome.err
+        assert sorted(path.name for path in out.iterdir()) == ["parts", "pending.json"]
+        assert persona("resume", out).code == 0
+        tables = sorted(Path("whole").glob("**/*.csv"))
+        assert len(tables) > 6
+        for table in tables:
+            again = out / table.relative_to("whole")
+            assert again.read_bytes() == table.read_bytes(), again
 
 
-def cut_off(after: int) -> Callable[..., Any]:
-    """The engine, interrupted after so many events."""
+def engine_cut_off(after: int, seen: list[object]) -> Callable[..., Any]:
+    """The engine, interrupted after so many events, in however many calls."""
 
     def interrupted(*arguments: Any) -> Any:
-        for number, event in enumerate(run(*arguments)):
-            if number == after:
+        for event in run(*arguments):
+            seen.append(event)
+            if len(seen) > after:
                 raise KeyboardInterrupt
             yield event
 

@@ -23,7 +23,8 @@ from persona_nnsight.backends.block import Envelope, run_block
 from persona_nnsight.backends.packing import pack, unpack
 from persona_nnsight.backends.shipping import shipped_name, shipped_sources
 from persona_nnsight.costs import Limits
-from persona_nnsight.engine import Recorded, Scored, Written, run
+from persona_nnsight.engine import run
+from persona_nnsight.engine.events import Recorded, Scored, Written
 from persona_nnsight.experiments.capture import plan_capture
 from persona_nnsight.experiments.inject import plan_inject
 from persona_nnsight.experiments.markers import plan_markers

@@ -12,7 +12,7 @@ import pytest
 import torch
 
 from persona_nnsight.bootstrap import drawn_medians, interval
-from persona_nnsight.engine import Scored
+from persona_nnsight.engine.events import Scored
 from persona_nnsight.grids import Grid
 from persona_nnsight.plan import CellPlan, Edit, Plan
 from persona_nnsight.tables import (

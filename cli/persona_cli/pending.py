@@ -1,11 +1,10 @@
-"""The backend of a command, and runs whose jobs are with a server."""
+"""The backend of a command, and runs that are not finished."""
 
 from __future__ import annotations
 
-import hashlib
 import json
 import os
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from importlib.metadata import version
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NoReturn
@@ -20,7 +19,7 @@ from persona_nnsight.runs import PENDING, check_free
 
 if TYPE_CHECKING:
     from persona_nnsight.backends import Backend
-    from persona_nnsight.backends.ledger import Ledger
+    from persona_nnsight.backends.journal import Journal
     from persona_nnsight.grids import Grid
     from persona_nnsight.models import Model
     from persona_nnsight.plan import Plan
@@ -64,7 +63,7 @@ def make_backend(
         model: with its weights, or for a server or a dry run without.
         where: the options.
         dtype: as given on the command line.
-        out: the run directory, where jobs are recorded; None for a dry run.
+        out: the run directory, where what is finished is kept; None for a dry run.
         studies: what is going to be computed, to be compared with what a directory holds.
         notify: told how the jobs are.
 
@@ -72,18 +71,30 @@ def make_backend(
         PersonaError: a bad host, or a run that is not the one the directory holds.
     """
     if where.name == "local":
-        from persona_nnsight.backends.local import LocalBackend
+        from persona_nnsight.backends.local import LOCAL, LocalBackend
 
-        return LocalBackend(model, memory_budget=where.memory_bytes())
+        subject = {
+            **_subject(model, str(model.dtype).removeprefix("torch."), studies),
+            "device": model.device,
+            **{name: version(name) for name in ("torch", "transformers", "nnsight")},
+        }
+        return LocalBackend(
+            model,
+            memory_budget=where.memory_bytes(),
+            journal=None if out is None else _journal(out, LOCAL, where, subject),
+        )
     if where.name == "simulate":
         from persona_nnsight.backends.simulate import SimulatedBackend
 
         return SimulatedBackend(model)
+    from persona_nnsight.backends.ledger import BACKEND, Ledger
     from persona_nnsight.backends.ndif import NdifBackend
     from persona_nnsight.backends.server import Server
 
     server = Server(where.ndif_host, insecure=where.insecure)
-    ledger = None if out is None else _ledger(out, where, _subject(model, dtype, studies))
+    ledger = None
+    if out is not None:
+        ledger = Ledger.of(_journal(out, BACKEND, where, _subject(model, dtype, studies)))
     return NdifBackend(
         model,
         server,
@@ -94,65 +105,88 @@ def make_backend(
     )
 
 
-def _ledger(out: Path, where: BackendOptions, subject: Mapping[str, str]) -> Ledger:
-    from persona_nnsight.backends.ledger import Ledger, Origin
+def _journal(out: Path, backend: str, where: BackendOptions, subject: Mapping[str, Any]) -> Journal:
+    from persona_nnsight.backends.journal import Journal, Origin
 
     if where.resume is None:
-        return Ledger(out, Origin(typed.get(), os.getcwd(), subject))
-    ledger = Ledger.load(out)
-    before = {} if ledger.origin is None else dict(ledger.origin.subject)
-    changed = [
-        f"{name} was {before.get(name, 'not there')}, is {subject.get(name, 'not there')}"
-        for name in {**before, **subject}
-        if before.get(name) != subject.get(name)
-    ]
-    if changed:
+        return Journal(out, backend, Origin(typed.get(), os.getcwd(), subject))
+    journal = Journal.load(out)
+    before = {} if journal.origin is None else journal.origin.subject
+    if changed := list(_differences(before, json.loads(json.dumps(subject)))):
+        more = f"; and {len(changed) - _SHOWN} more" if len(changed) > _SHOWN else ""
         raise PersonaError(
             f"The run in {str(out)!r} cannot be gone on with, because it would not be the same run "
-            f"({'; '.join(changed)}); restore what was there, or start anew in another directory."
+            f"({'; '.join(changed[:_SHOWN])}{more}); restore what was there, or start anew in "
+            "another directory."
         )
-    return ledger
+    return journal
 
 
-def _subject(model: Model, dtype: str, studies: Iterable[tuple[Grid, Plan]]) -> dict[str, str]:
-    """What a run computes, in words and digests that can be compared."""
-    from persona_nnsight.plan_data import to_data
+#: How many differences are named, and how much of a value.
+_SHOWN = 3
+_LONGEST = 60
+
+
+def _differences(before: Any, now: Any, name: str = "") -> Iterator[str]:
+    """Where JSON-like data is not the same: ``grid 1 personas chef was 'a', is 'b'``."""
+    if isinstance(before, Mapping) and isinstance(now, Mapping):
+        for key in {**before, **now}:
+            yield from _differences(before.get(key), now.get(key), f"{name} {key}".lstrip())
+    elif before != now:
+        was, is_now = (
+            "not there" if value is None else repr(value)[:_LONGEST] for value in (before, now)
+        )
+        yield f"{name} was {was}, is {is_now}"
+
+
+def _subject(model: Model, dtype: str, studies: Iterable[tuple[Grid, Plan]]) -> dict[str, Any]:
+    """What a run computes, as data that can be compared.
+
+    The plan comes last: where a grid differs, its prompts do too.
+    """
+    from persona_nnsight.plan_data import digest
 
     weights = model.weights
-    subject = {
+    plans = list(studies)
+    return {
         "persona-nnsight": version("persona-nnsight"),
         "model": f"{weights.model_id} {(weights.sha256 or weights.revision or '')[:12]}",
         "attention": model.attention,
         "dtype": dtype,
+        **{f"grid {number}": grid.to_dict() for number, (grid, _) in enumerate(plans, start=1)},
+        **{
+            f"plan {number}": f"{plan.command} {digest(plan)}"
+            for number, (_, plan) in enumerate(plans, start=1)
+        },
     }
-    for number, (grid, plan) in enumerate(studies, start=1):
-        subject[f"grid {number}"] = f"{grid.name} {_digest(grid.to_dict())}"
-        subject[f"plan {number}"] = f"{plan.command} {_digest(to_data(plan))}"
-    return subject
-
-
-def _digest(data: Any) -> str:
-    return hashlib.sha256(json.dumps(data, sort_keys=True).encode()).hexdigest()[:12]
 
 
 def note_pending(directory: Path, *, as_json: bool, interrupted: bool = False) -> NoReturn:
-    """Say that a run's jobs go on without this process, and leave.
+    """Say how an unfinished run is gone on with, and leave.
 
-    Job ids go to standard output, so that a script can keep them.
+    Ids of jobs go to standard output, so that a script can keep them.
     """
-    from persona_nnsight.backends.ledger import Ledger
+    from persona_nnsight.backends.journal import Journal
+    from persona_nnsight.backends.ledger import BACKEND, Ledger
 
-    ids = [job.id for job in Ledger.load(directory).jobs.values() if job.id is not None]
+    collect = f"`persona resume {directory}`"
+    ids: list[str] = []
+    if Journal.load(directory).backend == BACKEND:
+        ids = [job.id for job in Ledger.load(directory).jobs.values() if job.id is not None]
+        what = "Interrupted; the jobs that were sent go on."
+        if not interrupted:
+            what = "The jobs are sent."
+        advice = f"`persona jobs {directory}` shows them, {collect} collects them."
+    else:
+        what, advice = "Interrupted; what was finished is kept.", f"{collect} goes on."
     if as_json:
         print(json.dumps({"complete": False, "out": str(directory), "jobs": ids}, indent=1))
-    else:
+    elif ids:
         print("\n".join(ids))
-    what = "Interrupted; the jobs that were sent go on." if interrupted else "The jobs are sent."
-    advice = f"`persona jobs {directory}` shows them, `persona resume {directory}` collects them."
     notes.print(f"{what} {advice}", markup=False, soft_wrap=True)
     raise typer.Exit(130 if interrupted else 0)
 
 
 def is_pending(directory: Path) -> bool:
-    """Whether a directory holds jobs to be collected."""
+    """Whether a directory holds a run that can be gone on with."""
     return (directory / PENDING).exists()

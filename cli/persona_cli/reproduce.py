@@ -138,12 +138,13 @@ def reproduce(
         except Detached:
             note_pending(ready.out, as_json=run.as_json)
         except ReproductionInterrupted as stopped:
+            held.close()
             if is_pending(ready.out):
                 note_pending(ready.out, as_json=run.as_json, interrupted=True)
             interrupted, made = True, stopped.reproduction
             if not made.results:
                 note_nothing_finished()
-        made.save(ready.out, finishes=where.name == "ndif")
+        made.save(ready.out, finishes=True)
     note_step("Drawing the figures")
     write_report([ready.out])
     if run.as_json:

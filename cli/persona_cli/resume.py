@@ -9,9 +9,9 @@ from typing import Annotated
 import typer
 
 from persona_nnsight.errors import PersonaError
-from persona_nnsight.runs import RUN
+from persona_nnsight.runs import RUN, clear_journal
 
-#: Commands that leave jobs with a server; a directory can have no other run again.
+#: Commands whose runs can be gone on with; a directory can have no other run again.
 EXPERIMENTS = ("capture", "substitute", "inject", "markers", "steer", "reproduce")
 
 
@@ -22,7 +22,10 @@ def resume(
     ],
     detach: Annotated[
         bool,
-        typer.Option("--detach", help="Collect what is done, send what is missing, do not wait."),
+        typer.Option(
+            "--detach",
+            help="With jobs on a server: collect what is done, send what is missing, do not wait.",
+        ),
     ] = False,
     ndif_host: Annotated[
         str | None,
@@ -33,27 +36,40 @@ def resume(
         ),
     ] = None,
 ) -> None:
-    """Go on with a run whose jobs are with an NDIF server.
+    """Go on with a run that was stopped, or collect one whose jobs are with an NDIF server.
 
-    What is done is collected, what is missing or was lost is sent, and when everything is here
-    the run's tables are written. The command is run again as it was typed, in the directory where
-    it was typed; if it would compute something else by now (another grid file, model or version
-    of persona), that is refused.
+    What is finished is taken as it is, what is missing is computed, and then the tables are
+    written; they are the same, byte by byte, as those of a run that was not stopped. Jobs that a
+    server has are collected, and sent again where it lost them. The command is run again as it was
+    typed, in the directory where it was typed; if it would compute something else by now (another
+    grid file, model, dtype or version), that is refused with the difference.
 
     Example: persona resume outputs/substitute-gemma-2-2b-it-long-1
     """
-    from persona_nnsight.backends.ledger import Ledger
+    from persona_nnsight.backends.journal import Journal
+    from persona_nnsight.backends.ledger import BACKEND, Ledger
 
     target = directory.absolute()
     if (target / RUN).exists():
+        clear_journal(target)  # of a process that was killed between the last file and this
         raise PersonaError(f"The run in {str(directory)!r} is finished; nothing is left to do.")
-    ledger = Ledger.load(target)
-    origin = ledger.origin
+    journal = Journal.load(target)
+    origin = journal.origin
     if origin is None or not origin.argv or origin.argv[0] not in EXPERIMENTS:
         raise PersonaError(
-            f"The jobs in {str(directory)!r} were not sent by a command, so none can be run again."
+            f"The run in {str(directory)!r} was not started by a command, so none can be run again."
         )
-    _confirm(ledger.host, ndif_host)
+    again = [*origin.argv, "--resume", str(target)]
+    if journal.backend == BACKEND:
+        host = Ledger.of(journal).host
+        _confirm(host, ndif_host)
+        again += ["--ndif-host", host, "--detach" if detach else "--no-detach"]
+    elif detach or ndif_host is not None:
+        option = "--detach" if detach else "--ndif-host"
+        raise PersonaError(
+            f"{option} is for jobs on a server, and the run in {str(directory)!r} has none; leave "
+            "it out."
+        )
     try:
         os.chdir(origin.cwd)
     except OSError as error:
@@ -61,8 +77,6 @@ def resume(
             f"The run was started in {origin.cwd!r}, which cannot be entered ({error.strerror}); "
             "paths on its command line are relative to it, so put it back."
         ) from error
-    again = [*origin.argv, "--resume", str(target), "--ndif-host", ledger.host]
-    again.append("--detach" if detach else "--no-detach")
     command = context.find_root().command
     code = command.main(again, prog_name="persona", standalone_mode=False)
     raise typer.Exit(code if isinstance(code, int) else 0)

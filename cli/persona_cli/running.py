@@ -157,6 +157,7 @@ def run_experiment(
         except Detached:
             note_pending(ready.out, as_json=run.as_json)
         except Interrupted as stopped:
+            held.close()
             if is_pending(ready.out):
                 note_pending(ready.out, as_json=run.as_json, interrupted=True)
             interrupted = True
@@ -166,7 +167,7 @@ def run_experiment(
         # The run last: with it goes what a server's run could be gone on with.
         more = [save_beside(beside) for beside in results[1:] if save_beside is not None]
         result = results[0]
-        result.save(ready.out, finishes=where.name == "ndif")
+        result.save(ready.out, finishes=True)
     if run.as_json:
         print(json.dumps(_summary(result, ready.out), indent=1, ensure_ascii=False))
     else:

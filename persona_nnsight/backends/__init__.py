@@ -8,22 +8,31 @@ knows where it is done. The modules here:
 * `ndif`: the function is sent to an NDIF server, a part of the plan at a time.
 * `block`, `shipping`, `there`, `job`, `packing`: what travels there and what comes back.
 * `courier`: sends jobs, follows them, takes their results. `server`: the server's HTTP interface.
-* `ledger`: which jobs there are, on disk. `versions`: whether client and server understand each
-  other.
+* `journal`: a run that is not finished, on disk. `ledger`: the jobs in it. `versions`: whether
+  client and server understand each other.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
-from typing import Any, Protocol, TypeAlias
+from collections.abc import Iterator
+from typing import Any, Protocol
 
 from persona_nnsight.costs import Limits
-from persona_nnsight.engine import Event
+from persona_nnsight.engine.events import Done, Event
 from persona_nnsight.module_tree import ModuleTree
 from persona_nnsight.plan import Plan
 
-#: A function that carries out a plan on an nnsight model, such as `persona_nnsight.engine.run`.
-EngineFunction: TypeAlias = Callable[[Any, ModuleTree, Plan, Limits], Iterator[Event]]
+
+class EngineFunction(Protocol):
+    """Carries out a plan on an nnsight model, such as `persona_nnsight.engine.run`."""
+
+    __module__: str
+    __name__: str
+
+    def __call__(
+        self, lm: Any, tree: ModuleTree, plan: Plan, limits: Limits, done: Done | None = None, /
+    ) -> Iterator[Event]:
+        """Carry out what is not done of a plan."""
 
 
 class Detached(Exception):  # noqa: N818 - nothing went wrong

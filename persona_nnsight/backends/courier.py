@@ -15,7 +15,7 @@ from persona_nnsight.backends.ledger import DONE, FAILED, SENT, WAITING, Job, Le
 from persona_nnsight.backends.packing import unpack
 from persona_nnsight.backends.server import Answer, JobLostError, Server, one_line
 from persona_nnsight.backends.versions import require_same_nnsight
-from persona_nnsight.engine import Event, Recorded, Scored, Written
+from persona_nnsight.engine.events import Event, Recorded, Scored, Written
 from persona_nnsight.errors import PersonaError
 from persona_nnsight.models import Model
 from persona_nnsight.plan import Plan

@@ -1,16 +1,24 @@
-"""On this machine."""
+"""On this machine, and kept in the run directory as it goes."""
 
 from __future__ import annotations
 
 from collections.abc import Iterator
-from typing import Any
+from contextlib import suppress
+from dataclasses import asdict
+from typing import Any, NoReturn
 
 from persona_nnsight.backends import EngineFunction
+from persona_nnsight.backends.journal import Journal, JournalError
+from persona_nnsight.backends.parts import Parts
 from persona_nnsight.costs import Limits, check_budget, default_budget, fit_limits
-from persona_nnsight.engine import Event
-from persona_nnsight.errors import PersonaError
+from persona_nnsight.engine.events import Done, Event
+from persona_nnsight.errors import OutOfMemoryError, PersonaError
 from persona_nnsight.models import Model
 from persona_nnsight.plan import Plan
+from persona_nnsight.plan_data import digest
+
+#: What a journal says of who writes it.
+LOCAL = "local"
 
 
 class LocalBackend:
@@ -20,18 +28,25 @@ class LocalBackend:
         model: with its weights.
         memory_budget: bytes that a run may take beside the weights, on the device that computes;
             None for half of what is free there when it begins.
+        journal: where results are kept as they are finished, and taken from; None keeps nothing.
     """
 
-    def __init__(self, model: Model, *, memory_budget: int | None = None) -> None:
+    def __init__(
+        self, model: Model, *, memory_budget: int | None = None, journal: Journal | None = None
+    ) -> None:
         self.model = model
         self.memory_budget = memory_budget
+        self.journal = journal
+        self._parts: Parts | None = None
 
     def limits(self, plan: Plan) -> Limits:
-        """Batches that fit in the memory budget.
+        """Batches that fit in the memory budget, or those that a run was begun with.
 
         Raises:
-            PersonaError: not even one cell does.
+            PersonaError: not even one cell fits.
         """
+        if self.journal is not None and (known := self._limits_begun_with(plan)) is not None:
+            return known
         device, tree = self.model.device, self.model.tree
         budget = self.memory_budget
         if budget is None:
@@ -40,10 +55,58 @@ class LocalBackend:
             check_budget(plan, tree, budget)
         return fit_limits(plan, tree, budget=budget, gpu=device != "cpu")
 
+    def _limits_begun_with(self, plan: Plan) -> Limits | None:
+        """The batch sizes that a plan was begun with: with others, last digits would differ."""
+        assert self.journal is not None
+        known = self.journal.state.get("limits", {}).get(digest(plan))
+        return None if known is None else Limits(**known)
+
     def run(self, function: EngineFunction, plan: Plan, limits: Limits) -> Iterator[Event]:
-        """See `Backend.run`."""
+        """See `Backend.run`.
+
+        What a journal holds of the plan comes first. Where it holds nothing and the run fails, the
+        journal is removed.
+
+        Raises:
+            PersonaError: a value that is not finite, memory that runs out, or a journal that
+                cannot be written.
+        """
         self._require_weights()
-        return function(self.model.lm, self.model.tree, plan, limits)
+        if self.journal is None:
+            yield from function(self.model.lm, self.model.tree, plan, limits)
+            return
+        key = digest(plan)
+        state = self.journal.state
+        state["limits"] = {**state.get("limits", {}), key: asdict(limits)}
+        self.journal.claim()
+        self._parts = parts = Parts(self.journal, key)
+        done = Done()
+        try:
+            for event in parts.events():
+                if done.add(event):
+                    yield event
+            for event in function(self.model.lm, self.model.tree, plan, limits, done):
+                if done.add(event):
+                    yield parts.add(event)
+            parts.flush()
+        except PersonaError as error:
+            self._leave(error, parts)
+
+    def _leave(self, error: PersonaError, parts: Parts) -> NoReturn:
+        """Keep what is finished, unless an error would only come again, and raise the error."""
+        assert self.journal is not None
+        comes_again = not isinstance(error, OutOfMemoryError | JournalError)
+        if isinstance(error, OutOfMemoryError):
+            with suppress(PersonaError):
+                parts.flush()
+        if not self.journal.loaded and (comes_again or not parts.any_kept):
+            self._drop()
+            raise error
+        self._parts = None
+        self.journal.release()
+        raise PersonaError(
+            f"{error} What was finished is kept: `persona resume {self.journal.directory}`."
+        ) from error
 
     def _require_weights(self) -> None:
         if not self.model.has_weights:
@@ -53,7 +116,27 @@ class LocalBackend:
 
     def record(self, plan: Plan | None = None) -> dict[str, Any]:
         """See `Backend.record`."""
-        return {"name": "local"}
+        begun = {} if self.journal is None else {"argv": self.journal.argv}
+        return {"name": LOCAL, **begun}
 
     def close(self) -> None:
-        """See `Backend.close`."""
+        """See `Backend.close`; what is finished and not yet kept is written down.
+
+        Raises:
+            JournalError: it cannot be written.
+        """
+        if self.journal is None or self._parts is None:
+            return
+        try:
+            self._parts.flush()
+        finally:
+            if self.journal.loaded or self._parts.any_kept:
+                self.journal.release()
+            else:
+                self._drop()
+
+    def _drop(self) -> None:
+        """Leave no trace of a run that has nothing to be gone on with."""
+        assert self.journal is not None
+        self._parts = None
+        self.journal.discard()

@@ -20,7 +20,7 @@ from persona_nnsight.backends.packing import unpack
 from persona_nnsight.backends.server import Server, is_loopback
 from persona_nnsight.backends.shipping import shipped_name
 from persona_nnsight.costs import Limits, estimate, fit_limits
-from persona_nnsight.engine import Event
+from persona_nnsight.engine.events import Event
 from persona_nnsight.errors import PersonaError
 from persona_nnsight.models import Model
 from persona_nnsight.plan import Plan

@@ -11,7 +11,7 @@ from collections.abc import Iterable
 
 from torch import Tensor
 
-from persona_nnsight.engine import Event, Recorded, Scored, Written
+from persona_nnsight.engine.events import Event, Recorded, Scored, Written
 
 
 def pack(events: Iterable[Event]) -> tuple[str, dict[str, Tensor]]:

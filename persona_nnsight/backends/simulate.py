@@ -10,7 +10,7 @@ from persona_nnsight.backends.block import run_block
 from persona_nnsight.backends.local import LocalBackend
 from persona_nnsight.backends.packing import unpack
 from persona_nnsight.costs import Limits
-from persona_nnsight.engine import Event
+from persona_nnsight.engine.events import Event
 from persona_nnsight.plan import Plan
 from persona_nnsight.plan_data import part_of
 

@@ -33,11 +33,11 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
-from torch import Tensor
 
 from persona_nnsight.costs import Limits, fed_tokens
 from persona_nnsight.engine.attention import grouped_attention
 from persona_nnsight.engine.chunk import Chunk
+from persona_nnsight.engine.events import Done, Event, Recorded, Scored, Written
 from persona_nnsight.engine.extend import HostRun, extend
 from persona_nnsight.engine.memory import in_batches
 from persona_nnsight.engine.prefill import prefill
@@ -48,60 +48,28 @@ from persona_nnsight.module_tree import ModuleTree
 from persona_nnsight.plan import Edit, Plan
 from persona_nnsight.prefix_tree import prefix_tree
 
-
-@dataclass(frozen=True)
-class Recorded:
-    """Clean continuations of a chunk of cells, and their residuals if the plan has no edits.
-
-    Attributes:
-        cells: indices into `Plan.cells`.
-        continuations: token ids per cell, ended by the first end-of-sequence token.
-        geometry: how the effects add up (`persona_nnsight.geometry.decompose`, and
-            ``inter_over_xy_normed``), by measure, float32 [cells, positions, layers].
-        residuals: float32 [cells, positions, layers, d_model] by residual key, on the CPU.
-
-    What a continuation ended before is NaN.
-    """
-
-    cells: tuple[int, ...]
-    continuations: tuple[tuple[int, ...], ...]
-    geometry: dict[str, Tensor]
-    residuals: dict[str, Tensor] | None
-
-
-@dataclass(frozen=True)
-class Scored:
-    """One KL: `cell` and `edit` index the plan; NaN where `n_tokens` is 0."""
-
-    cell: int
-    edit: int
-    kl: float
-    n_tokens: int
-
-
-@dataclass(frozen=True)
-class Written:
-    """Greedy text of one cell under one edit."""
-
-    cell: int
-    edit: int
-    tokens: tuple[int, ...]
-
-
-Event = Recorded | Scored | Written
-
 #: A cell within the chunk and an edit of the plan.
 Row = tuple[int, int]
 
 
 @torch.no_grad()
-def run(lm: Any, tree: ModuleTree, plan: Plan, limits: Limits) -> Iterator[Event]:
+def run(
+    lm: Any, tree: ModuleTree, plan: Plan, limits: Limits, done: Done | None = None, /
+) -> Iterator[Event]:
     """Carry out `plan` on an nnsight model; results come as they are finished.
+
+    Args:
+        lm, tree: the model.
+        plan: what to do.
+        limits: batch sizes. The last bits of a number depend on them.
+        done: what is finished and need not be done again. Some of it may be, with the same
+            numbers: batches are passed over whole or not at all.
 
     Raises:
         PersonaError: a residual or logit that is not finite, or a model whose KV cache cannot be
             shared between rows.
     """
+    done = done or Done()
 
     def prepare(numbers: Sequence[int]) -> _Prepared:
         cells = [plan.cells[number] for number in numbers]
@@ -114,7 +82,10 @@ def run(lm: Any, tree: ModuleTree, plan: Plan, limits: Limits) -> Iterator[Event
         return _Prepared(chunk, recorded, {key: extend(chunk, recorded, key) for key in keys})
 
     with grouped_attention(lm):
-        for numbers, ready in in_batches(range(len(plan.cells)), limits.cells, prepare):
+        chunks = in_batches(
+            range(len(plan.cells)), limits.cells, prepare, lambda cells: done.has(plan, cells)
+        )
+        for numbers, ready in chunks:
             yield Recorded(
                 cells=tuple(numbers),
                 continuations=ready.recorded.token_ids(),
@@ -123,9 +94,9 @@ def run(lm: Any, tree: ModuleTree, plan: Plan, limits: Limits) -> Iterator[Event
                 if plan.keeps_residuals
                 else None,
             )
-            yield from _scores(ready, numbers, limits)
+            yield from _scores(ready, numbers, limits, done)
             ready.hosts.clear()
-            yield from _texts(ready, numbers, limits)
+            yield from _texts(ready, numbers, limits, done)
 
 
 @dataclass(frozen=True)
@@ -137,7 +108,9 @@ class _Prepared:
     hosts: dict[str, HostRun]
 
 
-def _scores(ready: _Prepared, numbers: Sequence[int], limits: Limits) -> Iterator[Scored]:
+def _scores(
+    ready: _Prepared, numbers: Sequence[int], limits: Limits, done: Done
+) -> Iterator[Scored]:
     plan = ready.chunk.plan
     scored = [index for index, edit in enumerate(plan.edits) if edit.scored]
     for edits in _groups(plan, scored, lambda edit: (edit.positions, edit.layers, edit.host)):
@@ -148,17 +121,25 @@ def _scores(ready: _Prepared, numbers: Sequence[int], limits: Limits) -> Iterato
             assert clean is not None
             return score(ready.chunk, ready.recorded, clean, ready.hosts[host], batch)
 
+        def is_done(batch: Sequence[Row]) -> bool:
+            return all((numbers[cell], edit) in done.scored for cell, edit in batch)
+
         size = limits.rows_of(fed_tokens(plan, first, ready.chunk.tree))
-        for batch, results in in_batches(_rows(plan, edits, numbers), size, work):
+        for batch, results in in_batches(_rows(plan, edits, numbers), size, work, is_done):
             for (cell, edit), (kl, n_tokens) in zip(batch, results, strict=True):
                 yield Scored(numbers[cell], edit, kl, n_tokens)
 
 
-def _texts(ready: _Prepared, numbers: Sequence[int], limits: Limits) -> Iterator[Written]:
+def _texts(
+    ready: _Prepared, numbers: Sequence[int], limits: Limits, done: Done
+) -> Iterator[Written]:
     plan = ready.chunk.plan
 
     def work(batch: Sequence[Sequence[Row]]) -> tuple[tuple[int, ...], ...]:
         return write(ready.chunk, ready.recorded, [rows[0] for rows in batch])
+
+    def is_done(batch: Sequence[Sequence[Row]]) -> bool:
+        return all((numbers[cell], edit) in done.written for rows in batch for cell, edit in rows)
 
     generating = [index for index, edit in enumerate(plan.edits) if edit.generate]
     for edits in _groups(plan, generating, lambda edit: edit.generate):
@@ -168,7 +149,7 @@ def _texts(ready: _Prepared, numbers: Sequence[int], limits: Limits) -> Iterator
             unedited = ready.chunk.cells[cell].prompts[plan.edits[edit].host]
             text = (cell, edit) if plan.edits[edit].layers else unedited
             sharing.setdefault(text, []).append((cell, edit))
-        for batch, texts in in_batches(list(sharing.values()), limits.rows, work):
+        for batch, texts in in_batches(list(sharing.values()), limits.rows, work, is_done):
             for rows, tokens in zip(batch, texts, strict=True):
                 for cell, edit in rows:
                     yield Written(numbers[cell], edit, tokens)

@@ -10,7 +10,7 @@ from typing import TypeVar
 import torch
 
 from persona_nnsight.costs import spans
-from persona_nnsight.errors import PersonaError
+from persona_nnsight.errors import OutOfMemoryError
 
 T = TypeVar("T")
 R = TypeVar("R")
@@ -19,19 +19,32 @@ _log = logging.getLogger(__name__)
 
 
 def in_batches(
-    items: Sequence[T], size: int, work: Callable[[Sequence[T]], R]
+    items: Sequence[T],
+    size: int,
+    work: Callable[[Sequence[T]], R],
+    is_done: Callable[[Sequence[T]], bool] = lambda _: False,
 ) -> Iterator[tuple[Sequence[T], R]]:
     """Work on `items` in batches of at most `size`, as they are asked for.
+
+    Args:
+        items: what is to be done.
+        size: of a batch, at most.
+        work: does a batch.
+        is_done: whether a batch can be passed over. A batch of which a part is done is worked on
+            whole: its numbers would be rounded otherwise with fewer rows.
 
     Returns:
         Each batch and its result. After memory ran out, batches are half as large.
 
     Raises:
-        PersonaError: memory does not suffice for a single item.
+        OutOfMemoryError: memory does not suffice for a single item.
     """
     start = 0
     while start < len(items):
         batch = items[start : start + len(next(spans(len(items) - start, size)))]
+        if is_done(batch):
+            start += len(batch)
+            continue
         try:
             result = work(batch)
         except Exception as error:
@@ -44,7 +57,7 @@ def in_batches(
             continue
         # Beyond the handler, where the error no longer holds on to the tensors of its frames.
         if len(batch) == 1:
-            raise PersonaError(
+            raise OutOfMemoryError(
                 f"Memory ran out with a single row ({said}); free some of it, or use a shorter "
                 "--window, another --dtype or another --device."
             )

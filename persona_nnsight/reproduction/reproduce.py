@@ -58,7 +58,7 @@ class Reproduction:
 
         Args:
             directory: where the runs go.
-            finishes: it may hold the record of this run's jobs on a server, which then goes.
+            finishes: it may hold the journal of this run, which then goes.
 
         Raises:
             PersonaError: the directory already holds something, or cannot be written.

@@ -1,0 +1,127 @@
+"""Real processes, killed at random moments with a signal that none can catch, and gone on with."""
+
+from __future__ import annotations
+
+import multiprocessing
+import os
+import random
+import signal
+import sys
+import time
+from collections.abc import Callable, Sequence
+from multiprocessing.context import ForkServerProcess
+from pathlib import Path
+
+import pytest
+from conftest import TINY_GRID
+from test_resume import contents
+
+TinyDir = Callable[..., Path]
+
+# The server has everything imported; a process forked from it is at work at once.
+_context = multiprocessing.get_context("forkserver")
+_context.set_forkserver_preload(["persona_nnsight", "persona_cli.app", "transformers", "nnsight"])
+
+
+def _persona(directory: str, arguments: Sequence[str], interval: float) -> None:
+    """What a process does: one command, its words in a file."""
+    from persona_cli.app import main
+
+    from persona_nnsight.backends import parts
+
+    os.chdir(directory)
+    words = os.open("words", os.O_WRONLY | os.O_CREAT | os.O_APPEND)
+    os.dup2(words, 1)
+    os.dup2(words, 2)
+    parts._INTERVAL = interval
+    sys.argv = ["persona", *arguments]
+    main(list(arguments))
+
+
+def start(arguments: Sequence[object], interval: float) -> ForkServerProcess:
+    process = _context.Process(
+        target=_persona, args=(os.getcwd(), [str(a) for a in arguments], interval)
+    )
+    process.start()
+    return process
+
+
+def finish(arguments: Sequence[object], interval: float) -> float:
+    """Run a command to its end; returns how long it took."""
+    begin = time.perf_counter()
+    process = start(arguments, interval)
+    process.join()
+    assert process.exitcode == 0, Path("words").read_text(encoding="utf-8")
+    return time.perf_counter() - begin
+
+
+def next_command(out: Path, arguments: Sequence[object]) -> Sequence[object]:
+    """What a user types next: `persona resume`, or, where nothing was begun yet, the same again."""
+    return ("resume", out) if (out / "pending.json").exists() else arguments
+
+
+def killed_until_done(
+    arguments: Sequence[object], out: Path, *, interval: float, takes: float, times: int
+) -> int:
+    """Kill a run again and again at random moments; returns how often one was at work then."""
+    chance = random.Random(20260523)
+    kills = 0
+    while kills < times and not (out / "run.json").exists():
+        process = start(next_command(out, arguments), interval)
+        process.join(chance.uniform(0, takes))
+        if process.exitcode is None:
+            assert process.pid is not None
+            os.kill(process.pid, signal.SIGKILL)
+            process.join()
+            kills += 1
+        else:
+            assert process.exitcode == 0, Path("words").read_text(encoding="utf-8")
+    if not (out / "run.json").exists():
+        finish(next_command(out, arguments), interval)
+    elif (out / "pending.json").exists():  # killed after the last file
+        start(("resume", out), interval).join()
+    return kills
+
+
+TINY = {
+    "substitute": ("-l", "0-3", "-p", "p_last,g1,g2", "--generate", "3"),
+    "capture": ("-l", "all", "-p", "p_last,g1"),
+    "inject": ("-l", "1;2;1-3"),
+}
+
+
+@pytest.mark.skipif(os.name == "nt", reason="Windows has no signals of this kind")
+@pytest.mark.parametrize("name", TINY)
+def test_killed_at_random(
+    name: str, tiny_dir: TinyDir, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Eight kills of each of three commands on a tiny model."""
+    monkeypatch.chdir(tmp_path)
+    Path("grid.yaml").write_text(TINY_GRID.to_yaml(), encoding="utf-8")
+    command = (name, "-m", tiny_dir("llama"), "-g", "grid.yaml", *TINY[name], "-o")
+    takes = finish((*command, "whole"), 0.0)
+    kills = 0
+    for run in range(20):
+        out = Path(f"run{run}")
+        kills += killed_until_done((*command, out), out, interval=0.0, takes=takes, times=8 - kills)
+        assert contents(out) == contents(Path("whole"))
+        if kills == 8:
+            return
+    pytest.fail(f"{name} was killed {kills} times in 20 runs")
+
+
+@pytest.mark.smollm2
+@pytest.mark.skipif(os.name == "nt", reason="Windows has no signals of this kind")
+@pytest.mark.usefixtures("smollm2")  # so that it is on this machine
+def test_the_embedded_model_killed_at_random(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Four kills of a run that takes seconds, as `persona` keeps it by itself."""
+    monkeypatch.chdir(tmp_path)
+    some = ("--personas", "yoda,marx", "--layers", "8,16", "--conditions", "additive,bb")
+    command = ("substitute", *some, "-o")
+    takes = finish((*command, "whole"), 1.0)
+    out = Path("run")
+    kills = killed_until_done((*command, out), out, interval=0.2, takes=takes, times=4)
+    assert kills
+    assert contents(out) == contents(Path("whole"))
