@@ -8,7 +8,7 @@ nothing about other personas, tasks or models.
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 
 import numpy as np
 from numpy.typing import NDArray
@@ -20,6 +20,8 @@ LEVEL = (2.5, 97.5)
 
 _DRAWS = 2000
 _SEED = 0
+#: Indices that are in memory at a time.
+_BLOCK = 1 << 20
 #: Fewer values than this span no interval worth the name.
 MIN_CELLS = 5
 
@@ -44,14 +46,19 @@ def drawn_means(values: Floats) -> Floats:
 def _drawn(
     values: Floats, statistic: Callable[..., Floats], skipping_nan: Callable[..., Floats]
 ) -> Floats:
-    rows, found = _draws(len(values)), np.full((_DRAWS, values.shape[1]), np.nan)
-    for column, value in enumerate(values.T):
-        present = np.isfinite(value)
-        if present.all() and len(value) >= MIN_CELLS:
-            found[:, column] = statistic(value[rows], axis=1)
-        elif present.sum() >= MIN_CELLS:
-            drawn = present[rows].any(axis=1)  # a draw may hold none of the cells with a value
-            found[drawn, column] = skipping_nan(value[rows[drawn]], axis=1)
+    found = np.full((_DRAWS, values.shape[1]), np.nan)
+    present = np.isfinite(values)
+    enough = present.sum(axis=0) >= MIN_CELLS
+    whole = present.all(axis=0)
+    for block, rows in _draws(len(values)):
+        for column in np.flatnonzero(enough):
+            value = values[:, column]
+            if whole[column]:
+                found[block, column] = statistic(value[rows], axis=1)
+            else:
+                # A draw may hold none of the cells with a value.
+                drawn = np.flatnonzero(present[rows, column].any(axis=1))
+                found[block.start + drawn, column] = skipping_nan(value[rows[drawn]], axis=1)
     return found
 
 
@@ -64,6 +71,10 @@ def interval(draws: Floats) -> tuple[Floats, Floats]:
     return low, high
 
 
-def _draws(n: int) -> NDArray[np.int64]:
-    """Indices of the drawn cells, [draws, n]; the same whenever n is the same."""
-    return np.random.default_rng(_SEED).integers(n, size=(_DRAWS, n))
+def _draws(n: int) -> Iterator[tuple[slice, NDArray[np.int64]]]:
+    """Indices of the drawn cells, [draws, n], in blocks; the same whenever n is the same."""
+    generator = np.random.default_rng(_SEED)
+    size = max(1, _BLOCK // max(n, 1))
+    for start in range(0, _DRAWS, size):
+        block = slice(start, min(start + size, _DRAWS))
+        yield block, generator.integers(n, size=(block.stop - start, n))

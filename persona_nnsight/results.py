@@ -12,7 +12,7 @@ from persona_nnsight.errors import PersonaError
 from persona_nnsight.findings import findings
 from persona_nnsight.manifest import run_manifest
 from persona_nnsight.residuals import Residuals
-from persona_nnsight.runs import save_run
+from persona_nnsight.runs import RUN, save_run
 from persona_nnsight.sites import generated_index
 from persona_nnsight.tables import (
     Text,
@@ -105,8 +105,9 @@ class Result:
             complete=self.complete,
             where=self.where,
         )
-        text = json.dumps(manifest, indent=1, ensure_ascii=False)
-        (directory / "run.json").write_text(text + "\n", encoding="utf-8")
+        with open(directory / RUN, "w", encoding="utf-8") as file:  # of many cells it is long
+            json.dump(manifest, file, indent=1, ensure_ascii=False)
+            file.write("\n")
 
     @property
     def tables(self) -> dict[str, pd.DataFrame]:

@@ -147,8 +147,8 @@ def save_run(
 
 
 def clear_journal(directory: Path) -> None:
-    """Remove what a finished run was gone on with."""
-    for name in (PENDING, PARTS, LOCK):
+    """Remove what a finished run was gone on with; last ``pending.json``, which tells of it."""
+    for name in (LOCK, PARTS, PENDING):
         _remove(directory / name)
 
 

@@ -74,7 +74,7 @@ def geometry_table(
         {
             "persona": [plan.cells[cells[i]].persona for i in cell],
             "task": [plan.cells[cells[i]].task for i in cell],
-            "position": np.asarray(plan.positions)[position],
+            "position": [plan.positions[i] for i in position],
             "layer": np.asarray(plan.layers)[layer],
             **{name: value.numpy().ravel().astype(float) for name, value in measures.items()},
         }
@@ -106,27 +106,35 @@ def kl_table(plan: Plan, scores: Iterable[Scored]) -> pd.DataFrame:
     ``gap_closed`` = 1 - KL / KL of the unedited host, cell by cell (empty where the host's KL is
     below `KL_FLOOR`: there is no gap).
     """
-    rows = []
-    for score in sorted(scores, key=lambda score: (score.cell, score.edit)):
-        cell, edit = plan.cells[score.cell], plan.edits[score.edit]
-        rows.append(
-            {
-                "persona": cell.persona,
-                "task": cell.task,
-                "condition": edit.condition,
-                "host": edit.host,
-                "position": format_positions(edit.positions),
-                "layers": format_layers(edit.layers),
-                **factors_of(edit),
-                "kl": score.kl,
-                "n_tokens": score.n_tokens,
-            }
-        )
+    found = sorted(scores, key=lambda score: (score.cell, score.edit))
+    described = [
+        {
+            "condition": edit.condition,
+            "host": edit.host,
+            "position": format_positions(edit.positions),
+            "layers": format_layers(edit.layers),
+            **factors_of(edit),
+        }
+        for edit in plan.edits
+    ]
     edits = [edit for edit in plan.edits if edit.scored]
     columns = [*_CELL, "condition", *_SITE]
     if any(edit.condition == STEER for edit in edits):
         columns += _FACTORS
-    table = pd.DataFrame(rows, columns=[*columns, "kl", "n_tokens"])
+    # By column: a dictionary per row would take more memory than all else of a large grid.
+    table = pd.DataFrame(
+        {
+            "persona": [plan.cells[score.cell].persona for score in found],
+            "task": [plan.cells[score.cell].task for score in found],
+            **{
+                name: [described[score.edit][name] for score in found]
+                for name in columns
+                if name not in _CELL
+            },
+            "kl": [score.kl for score in found],
+            "n_tokens": [score.n_tokens for score in found],
+        }
+    )
     if any(edit.host == "BY" for edit in edits):
         host = table[table["condition"] == HOST].set_index(_CELL)["kl"].rename("of")
         table["gap_closed"] = _share(table["kl"], table.join(host, on=_CELL)["of"])

@@ -20,7 +20,14 @@ TinyDir = Callable[..., Path]
 
 # The server has everything imported; a process forked from it is at work at once.
 _context = multiprocessing.get_context("forkserver")
-_context.set_forkserver_preload(["persona_nnsight", "persona_cli.app", "transformers", "nnsight"])
+_context.set_forkserver_preload(
+    [
+        *("persona_cli.app", "persona_nnsight.execution", "persona_nnsight.backends.parts"),
+        *(f"persona_nnsight.experiments.{name}" for name in ("capture", "inject", "substitute")),
+        *("nnsight.modeling.transformers", "transformers.models.llama.modeling_llama"),
+        *("transformers.models.auto.modeling_auto", "transformers.pipelines.text_generation"),
+    ]
+)
 
 
 def _persona(directory: str, arguments: Sequence[str], interval: float) -> None:

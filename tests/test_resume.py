@@ -28,7 +28,7 @@ SMALL = Limits(cells=2, rows=3, tokens=64)
 OTHER = Limits(cells=6, rows=18, tokens=1024)
 
 #: Some cells of the built-in long grid, whose personas have markers.
-PART = ("--personas", "engineer,chef", "--tasks", "plan,book")
+PART = ("--personas", "engineer,chef", "--tasks", "plan,arch")
 
 COMMANDS: dict[str, tuple[str, ...]] = {
     "substitute": (
@@ -204,13 +204,14 @@ def test_a_disk_that_is_full(
 ) -> None:
     """While it runs: nothing is left where nothing was finished, and otherwise it goes on."""
     model = tiny_dir("llama")
-    replace_file, parts_written = os.replace, []
+    replace_file = os.replace
+    parts_written: list[Path] = []
 
     def full(source: Path, target: Path) -> None:
         if Path(target).suffix == ".safetensors":
             if len(parts_written) == kept:
                 raise OSError(28, "No space left on device")
-            parts_written.append(target)
+            parts_written.append(Path(target))
         replace_file(source, target)
 
     with monkeypatch.context() as small_disk:

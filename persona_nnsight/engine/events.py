@@ -30,7 +30,7 @@ class Recorded:
     residuals: dict[str, Tensor] | None
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, slots=True)
 class Scored:
     """One KL: `cell` and `edit` index the plan; NaN where `n_tokens` is 0."""
 
@@ -40,7 +40,7 @@ class Scored:
     n_tokens: int
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, slots=True)
 class Written:
     """Greedy text of one cell under one edit."""
 
