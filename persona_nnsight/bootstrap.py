@@ -48,16 +48,15 @@ def _drawn(
 ) -> Floats:
     found = np.full((_DRAWS, values.shape[1]), np.nan)
     present = np.isfinite(values)
-    enough = present.sum(axis=0) >= MIN_CELLS
-    whole = present.all(axis=0)
+    known = present.sum(axis=0)
     for block, rows in _draws(len(values)):
-        for column in np.flatnonzero(enough):
+        for column in np.flatnonzero(known >= MIN_CELLS):
             value = values[:, column]
-            if whole[column]:
+            if known[column] == len(values):
                 found[block, column] = statistic(value[rows], axis=1)
             else:
                 # A draw may hold none of the cells with a value.
-                drawn = np.flatnonzero(present[rows, column].any(axis=1))
+                drawn = np.flatnonzero(np.isfinite(value[rows]).any(axis=1))
                 found[block.start + drawn, column] = skipping_nan(value[rows[drawn]], axis=1)
     return found
 
