@@ -24,6 +24,7 @@ from persona_nnsight.weights.model_files import (
     has_vocabulary,
     human_size,
     missing,
+    pickled,
     wanted,
 )
 
@@ -183,14 +184,14 @@ def _choose(info: ModelInfo, model_id: str, *, weights: bool) -> list[str]:
     names = [item.rfilename for item in info.siblings or []]
     files = wanted(names, weights=weights)
     lacking = [] if CONFIG in files else [CONFIG]
-    if weights and not any(name.endswith((".safetensors", ".bin")) for name in files):
-        lacking.append("weights that transformers loads")
+    if weights and not any(name.endswith(".safetensors") for name in files):
+        lacking.append("weights as safetensors")
     if lacking:
-        hint = (
-            "download one of its .gguf files and give the path of that"
-            if any(name.endswith(".gguf") for name in names)
-            else "choose a model that is published for transformers"
-        )
+        hint = "choose a model that is published for transformers"
+        if any(name.endswith(".gguf") for name in names):
+            hint = "download one of its .gguf files and give the path of that"
+        elif pickle := pickled(names):
+            hint = f"{pickle} is a pickle, which is never loaded; {hint} as safetensors"
         raise PersonaError(f"The hub's {model_id!r} holds no {' and no '.join(lacking)}; {hint}.")
     return files
 
