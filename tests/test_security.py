@@ -116,7 +116,7 @@ def test_code_of_a_tokenizer_is_not_run(checkpoint: Path, tiny_dir: TinyDir) -> 
         tokenizer_class="OwnTokenizer",
         auto_map={"AutoTokenizer": [None, "configuration_own.OwnTokenizer"]},
     )
-    with pytest.raises(PersonaError, match=r"was not run|tokenizer"):
+    with pytest.raises(PersonaError, match="was not run"):
         load_model(str(checkpoint))
     assert not (checkpoint.parent / "ran").exists()
 

@@ -20,6 +20,7 @@ from persona_nnsight.errors import PersonaError
 from persona_nnsight.weights.embedded import ALIAS
 from persona_nnsight.weights.model_files import (
     CONFIG,
+    file_sha256,
     first_line,
     has_vocabulary,
     human_size,
@@ -103,6 +104,7 @@ def snapshot(
     sizes = {item.rfilename: item.size or 0 for item in info.siblings or []}
     notify(f"downloading {model_id} ({human_size(sum(sizes[name] for name in files))})")
     found = _download(model_id, revision, files)
+    _verify(found, info, files)
     if not is_complete(found, weights=weights):
         lacking = missing(found, weights=weights) or "a tokenizer's vocabulary"
         raise PersonaError(
@@ -213,6 +215,22 @@ def _download(model_id: str, revision: str | None, files: list[str]) -> Path:
             "run the same command again, files that are complete are kept."
         ) from error
     return Path(path)
+
+
+def _verify(found: Path, info: ModelInfo, files: list[str]) -> None:
+    """Compare large files with the SHA-256 in the hub's metadata, and keep none that differs.
+
+    The hub's client itself compares their size alone. Small files, which are in git, have no hash.
+    """
+    for item in info.siblings or []:
+        path = found / item.rfilename
+        if item.rfilename in files and item.lfs and file_sha256(path) != item.lfs.sha256:
+            path.resolve().unlink()  # the content; the snapshot only links to it
+            path.unlink(missing_ok=True)
+            raise PersonaError(
+                f"The file {item.rfilename} of {info.id!r} is not what the hub announced (SHA-256 "
+                f"expected {item.lfs.sha256}), so it was not kept; run the same command again."
+            )
 
 
 def _refused(model_id: str, revision: str | None, error: Exception) -> PersonaError:
