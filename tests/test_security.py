@@ -169,6 +169,17 @@ def test_code_of_another_repository_is_refused(checkpoint: Path) -> None:
     assert not (checkpoint.parent / "ran").exists()
 
 
+def test_a_chat_template_reaches_nothing(
+    persona: Persona, tiny_dir: TinyDir, tmp_path: Path
+) -> None:
+    shutil.copytree(tiny_dir("llama"), "model")
+    Path("model/chat_template.jinja").write_text(
+        "{{ cycler.__init__.__globals__.os.mkdir('" + str(tmp_path / "ran") + "') }}"
+    )
+    assert_one_sentence(persona("substitute", "-m", "./model", *SMALL, "-o", "run"))
+    assert not (tmp_path / "ran").exists()
+
+
 # ------------------------------------------------------------------------------------- pickles
 
 
@@ -415,7 +426,7 @@ def test_a_run_there_holds_no_secret(fake: FakeNdif, persona: Persona, tiny_dir:
     (job,) = fake.jobs
     blob = zstandard.ZstdDecompressor().decompressobj().decompress(job.blob)
     assert b"class _Shipped" in blob  # our text can be read in it, and so could a key be
-    for secret in (KEY, TOKEN, os.environ["PATH"]):
+    for secret in (KEY, TOKEN, os.environ["PATH"], str(Path.cwd()), str(Path.home())):
         assert secret.encode() not in blob
 
 
