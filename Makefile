@@ -56,9 +56,8 @@ audit: $(TOOLS)/installed
 ## Write dist/sbom.cdx.json: what a user's environment holds, as a CycloneDX bill of materials.
 sbom: $(TOOLS)/installed
 	rm -rf build/runtime
-	$(PYTHON) -m venv build/runtime
-	build/runtime/bin/python -m pip install -q -c constraints.txt .
-	build/runtime/bin/python -m pip uninstall -q -y setuptools pip
+	$(PYTHON) -m venv --without-pip build/runtime
+	$(TOOLS)/bin/python -m pip --python build/runtime install -q -c constraints.txt .
 	mkdir -p dist
 	$(TOOLS)/bin/cyclonedx-py environment --pyproject pyproject.toml --output-reproducible \
 		--output-file dist/sbom.cdx.json build/runtime/bin/python
