@@ -3,8 +3,9 @@ PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
 MODEL := smollm2-135m
+TOOLS := build/tools
 
-.PHONY: demo test test-slow test-ndif bench ndif-server ndif-server-down example readme clean
+.PHONY: demo test test-slow test-ndif bench ndif-server ndif-server-down example readme audit sbom clean
 
 ## Fetch the embedded model and run the main experiment on it.
 demo: $(VENV)/installed
@@ -48,6 +49,19 @@ example: $(VENV)/installed
 readme: $(VENV)/tested
 	$(BIN)/python -m cogapp -r -I tests README.md
 
+## Look the pinned versions up in the advisory database, over the network; one not found is an error.
+audit: $(TOOLS)/installed
+	$(TOOLS)/bin/pip-audit --strict --no-deps --disable-pip -r constraints.txt
+
+## Write dist/sbom.cdx.json: what a user's environment holds, as a CycloneDX bill of materials.
+sbom: $(TOOLS)/installed
+	rm -rf build/runtime
+	$(PYTHON) -m venv --without-pip build/runtime
+	$(TOOLS)/bin/python -m pip --python build/runtime install -q -c constraints.txt .
+	mkdir -p dist
+	$(TOOLS)/bin/cyclonedx-py environment --pyproject pyproject.toml --output-reproducible \
+		--output-file dist/sbom.cdx.json build/runtime/bin/python
+
 clean:
 	[ ! -e .ndif ] || $(MAKE) ndif-server-down
 	rm -rf $(VENV) .venv-ndif .ndif dist build .mypy_cache .ruff_cache .pytest_cache
@@ -62,4 +76,10 @@ $(VENV)/installed: $(VENV)/python pyproject.toml constraints.txt
 
 $(VENV)/tested: $(VENV)/installed
 	$(BIN)/python -m pip install -q -c constraints.txt -e '.[dev]'
+	touch $@
+
+$(TOOLS)/installed: constraints.txt
+	rm -rf $(TOOLS)
+	$(PYTHON) -m venv $(TOOLS)
+	$(TOOLS)/bin/python -m pip install -q -c constraints.txt pip-audit cyclonedx-bom
 	touch $@

@@ -125,6 +125,7 @@ def _origin(model: Model, where: Mapping[str, Any]) -> dict[str, Any]:
             "n_layers": model.tree.n_layers,
             "d_model": model.tree.d_model,
             "n_parameters": model.n_parameters,
+            "trust_remote_code": model.trust_remote_code,
         },
         "backend": {name: value for name, value in where.items() if name != "argv"},
         "versions": {

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -12,7 +13,7 @@ from persona_nnsight.errors import PersonaError
 from persona_nnsight.module_tree import ModuleTree, find_tree
 from persona_nnsight.weights import Weights, resolve
 from persona_nnsight.weights.embedded import ALIAS
-from persona_nnsight.weights.model_files import first_line
+from persona_nnsight.weights.model_files import code_references, first_line
 
 if TYPE_CHECKING:
     from nnsight.modeling.transformers import TransformersModel
@@ -38,6 +39,7 @@ class Model:
         eos_ids: tokens that end a continuation.
         n_parameters: number of weights.
         has_weights: False for a skeleton that only plans.
+        trust_remote_code: whether code that comes with the checkpoint was allowed to run.
     """
 
     lm: TransformersModel
@@ -50,6 +52,7 @@ class Model:
     eos_ids: tuple[int, ...]
     n_parameters: int
     has_weights: bool
+    trust_remote_code: bool = False
 
 
 def load_model(
@@ -59,6 +62,7 @@ def load_model(
     dtype: str = "auto",
     device: str = "auto",
     attn: str | None = None,
+    trust_remote_code: bool = False,
     weights: bool = True,
     fetch: bool = True,
     notify: Callable[[str], None] | None = None,
@@ -76,19 +80,27 @@ def load_model(
         attn: attention implementation (``eager``, ``sdpa``, ``flash_attention_2``); None leaves
             the choice to transformers, but for models that cap their attention logits (Gemma 2),
             where only ``eager`` computes the cap.
+        trust_remote_code: run Python code that comes with the checkpoint, where transformers has
+            none of its own for it. That code has all rights of this process: read it first, and
+            of a hub model give `revision` as a commit, so that it stays what was read.
         weights: False builds the skeleton alone, enough to plan a run; of a hub model only the
             configuration and tokenizer are fetched for it.
         fetch: False never downloads or converts weights.
         notify: called with a line of text before something slow (a download, a conversion).
 
     Raises:
-        PersonaError: no such model, device or dtype, or files that cannot be read.
+        PersonaError: no such model, device or dtype, files that cannot be read, or code in them
+            that is not trusted.
     """
     placement = _device(device)
     chosen_dtype = _dtype(dtype, placement)
     source = resolve(spec, revision=revision, fetch=fetch, weights=weights, notify=notify)
-    tokenizer = _load_tokenizer(source)
-    lm = _load_lm(source, tokenizer, chosen_dtype, placement if weights else None, attn)
+    if trust_remote_code:
+        _check_origin_of_code(source)
+    tokenizer = _load_tokenizer(source, trust_remote_code)
+    lm = _load_lm(
+        source, tokenizer, chosen_dtype, placement if weights else None, attn, trust_remote_code
+    )
     module = lm._module
     return Model(
         lm=lm,
@@ -101,6 +113,7 @@ def load_model(
         eos_ids=_eos_ids(module.generation_config, module.config, tokenizer),
         n_parameters=sum(parameter.numel() for parameter in module.parameters()),
         has_weights=weights,
+        trust_remote_code=trust_remote_code,
     )
 
 
@@ -139,12 +152,25 @@ def _dtype(dtype: str, device: str) -> torch.dtype:
     return DTYPES[dtype]
 
 
-def _load_tokenizer(source: Weights) -> PreTrainedTokenizerBase:
+def _check_origin_of_code(source: Weights) -> None:
+    """Refuse code from another repository, which no revision of this one pins."""
+    elsewhere = sorted(name for name in code_references(Path(source.path)) if "--" in name)
+    if elsewhere:
+        raise PersonaError(
+            f"The model {source.spec!r} takes its code from another repository "
+            f"({elsewhere[0].split('--')[0]}), which --revision does not pin; download both into "
+            "one directory, correct auto_map in its config.json, and give that."
+        )
+
+
+def _load_tokenizer(source: Weights, trust_remote_code: bool) -> PreTrainedTokenizerBase:
     from transformers import AutoTokenizer
 
     try:
-        return AutoTokenizer.from_pretrained(source.path, **_NO_CODE)
+        return AutoTokenizer.from_pretrained(source.path, trust_remote_code=trust_remote_code)
     except Exception as error:
+        if _asks_for_code(error, trust_remote_code):
+            raise _untrusted(source) from error
         raise PersonaError(
             f"The tokenizer of {source.spec!r} cannot be read ({first_line(error)}); a model "
             "directory needs tokenizer.json or the tokenizer files of its family."
@@ -157,14 +183,17 @@ def _load_lm(
     dtype: torch.dtype,
     device: str | None,
     attn: str | None,
+    trust_remote_code: bool,
 ) -> TransformersModel:
     """The model with its weights on `device`, or its skeleton when that is None."""
     from nnsight.modeling.transformers import TransformersModel
     from transformers import AutoConfig, AutoModelForCausalLM
 
     try:
-        config = AutoConfig.from_pretrained(source.path, **_NO_CODE)
+        config = AutoConfig.from_pretrained(source.path, trust_remote_code=trust_remote_code)
     except Exception as error:
+        if _asks_for_code(error, trust_remote_code):
+            raise _untrusted(source) from error
         raise _unreadable(source, error) from error
     if config.is_encoder_decoder:
         raise PersonaError(
@@ -173,7 +202,7 @@ def _load_lm(
         )
     if attn is None and getattr(config.get_text_config(decoder=True), _SOFT_CAP, None):
         attn = "eager"
-    options: dict[str, Any] = {"dtype": dtype, **_NO_CODE}
+    options: dict[str, Any] = {"dtype": dtype, "trust_remote_code": trust_remote_code}
     if attn is not None:
         options["attn_implementation"] = attn
     wrapping: dict[str, Any] = {"task": "text-generation", "tokenizer": tokenizer}
@@ -188,6 +217,8 @@ def _load_lm(
             **options,
         )
     except Exception as error:
+        if _asks_for_code(error, trust_remote_code):
+            raise _untrusted(source) from error
         raise _unreadable(source, error) from error
     if report["missing_keys"]:
         # transformers would go on with random values in their place.
@@ -201,12 +232,23 @@ def _load_lm(
     return TransformersModel(module, **wrapping)
 
 
-#: Code that comes with a model is never run, nor is the user asked whether to.
-_NO_CODE: dict[str, Any] = {"trust_remote_code": False}
-
 #: Set in the configuration of models that cap their attention logits (Gemma 2). transformers'
 #: default attention there, sdpa, silently leaves the cap out, which changes the logits.
 _SOFT_CAP = "attn_logit_softcapping"
+
+
+def _asks_for_code(error: Exception, trusted: bool) -> bool:
+    """Whether transformers gave up because it would have to run code, which it is told not to."""
+    return not trusted and "trust_remote_code" in str(error)
+
+
+def _untrusted(source: Weights) -> PersonaError:
+    return PersonaError(
+        f"The model {source.spec!r} needs Python code that comes with the checkpoint, which was "
+        "not run; read it, and if you trust it with all your rights on this machine, add "
+        "--trust-remote-code (trust_remote_code=True in Python) and, for a hub model, --revision "
+        "with a commit."
+    )
 
 
 def _unreadable(source: Weights, error: Exception) -> PersonaError:

@@ -9,9 +9,11 @@ import re
 import shutil
 import subprocess
 import sys
+import threading
 import zlib
 from collections.abc import Callable, Mapping
 from html import unescape
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from itertools import pairwise
 from pathlib import Path
 from typing import Any
@@ -760,9 +762,18 @@ def remove(name: str) -> Callable[[Path], None]:
         (edit("summary.csv", "q25", "q"), r"summary\.csv' has no column 'q25'"),
         (edit("kl.csv", ",10,", ",ten,"), r"kl\.csv' has 'ten' in row 2, column 'n_tokens'"),
         (edit("summary.csv", "condition,", ""), "where a number belongs|has no column"),
+        (edit("kl.csv", ",oracle,", ",<img src=x>,"), r"kl\.csv' has '<img src=x>' in row"),
+        (edit("summary.csv", "oracle", "{0.__class__}"), r"summary\.csv' has '{0\.__class__}' in"),
+        (edit("kl.csv", "10+12+14", "a b"), "column 'layers', where a name belongs"),
         (lambda run: (run / "kl.csv").write_text(""), r"kl\.csv' cannot be read"),
         (lambda run: (run / "kl.csv").write_bytes(b"\xff\xfe,"), r"kl\.csv' cannot be read"),
         (lambda run: (run / "text.jsonl").write_text('{"text": 1}'), r"Line 1 of .*text\.jsonl"),
+        (
+            lambda run: (run / "text.jsonl").write_text(
+                '{"persona": "<b>", "task": "x", "condition": "clean", "text": ""}'
+            ),
+            r"Line 1 of .*text\.jsonl",
+        ),
     ],
 )
 def test_what_is_no_run_is_said_in_one_sentence(
@@ -810,6 +821,18 @@ def test_names_of_lines_that_meet_stand_apart() -> None:
     at = sorted(names_at(inline_svg(panel, "u"), ("one", "two", "three")).values())
     assert len(at) == 3
     assert all(below - above > 9 for above, below in pairwise(at))
+
+
+def test_the_longest_keys_of_a_grid_leave_room(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(writing, "save", lambda *arguments: None)  # the page alone
+    grid = a_grid(2, 2).to_dict()
+    for name in ("personas", "tasks"):
+        grid[name] = {key.ljust(64, "x"): value for key, value in grid[name].items()}
+    page = write_report([substitute(tmp_path / "run", Grid.from_dict(grid))]).read_text("utf-8")
+    assert f">{'buffett'.ljust(29, 'x')}…</text>" in page
+    assert "buffett".ljust(64, "x") in page
 
 
 def test_labels_of_layers_that_lie_close_are_left_out() -> None:
@@ -1046,6 +1069,161 @@ def test_the_page_in_a_browser(probed: Path, width: int, scheme: str) -> None:
         for name in ("background", "colour")
     )
     assert (page < 0.05 and ink > 0.5) if scheme == "dark" else (page > 0.9 and ink < 0.05)
+
+
+#: What nobody should be able to have a page do, in the words of texts that others wrote.
+ATTACK = (
+    '"><img src=x onerror="document.title=\'ran\'"><svg onload="document.title=\'ran\'">'
+    "</style></title></svg><script>document.title='ran'</script>--><!--]]>"
+    "<a href=\"javascript:document.title='ran'\">click</a> {{ 7 * 7 }} $\\frac{$ &lt;b&gt; "
+    "<meta http-equiv=refresh content='0; url=https://elsewhere.invalid'>"
+)
+
+
+def attacked(value: Any) -> Any:
+    """JSON-like data with the attack in the place of every text that may be any."""
+    if isinstance(value, dict):
+        return {key: attacked(item) for key, item in value.items()}
+    if isinstance(value, list):
+        return [attacked(item) for item in value]
+    return f"{value} {ATTACK}" if isinstance(value, str) else value
+
+
+def attack(run: Path) -> None:
+    """Put the attack everywhere in a run where a report would show it."""
+    for directory in (run, *(path for path in run.iterdir() if path.is_dir())):
+        data = json.loads((directory / "run.json").read_text())
+        grid = data.get("grid")
+        kept = {name: data[name] for name in ("format", "command", "complete")}
+        if grid:
+            kept["grid"] = {
+                **grid,
+                "personas": attacked(grid["personas"]),
+                "tasks": attacked(grid["tasks"]),
+                "baseline": attacked(grid["baseline"]),
+            }
+        texts = {name: attacked(data[name]) for name in data.keys() - kept.keys()}
+        backend = {"host": ATTACK, "jobs": [1]}
+        (directory / "run.json").write_text(json.dumps({**texts, **kept, "backend": backend}))
+        if (directory / "text.jsonl").exists():
+            lines = (directory / "text.jsonl").read_text().splitlines()
+            made = [json.loads(line) for line in lines]
+            changed = [{**text, "text": f"{text['text']} {ATTACK}"} for text in made]
+            (directory / "text.jsonl").write_text("\n".join(map(json.dumps, changed)))
+        for path in directory.glob("*.csv"):
+            table = read_table(path)
+            for name in {"hits", "published_model"} & set(table.columns):
+                table[name] = ATTACK
+            table.to_csv(path, index=False)
+
+
+def test_words_in_a_figure_stay_words() -> None:
+    """Names come from tables, which hold no such thing; the drawing does not rely on it."""
+    line = Line("<b>", EQUALS[0], (1, 2), (0.1, 0.2))
+    panel = line_panel(ATTACK, [line], x_label=ATTACK, y_label=ATTACK, ticks=[(1, ATTACK)])
+    drawn = inline_svg(panel, "u")
+    elements = set(re.findall(r"<([a-zA-Z]+)", drawn))
+    assert elements <= {"svg", "defs", "g", "path", "text", "use", "clipPath", "rect"}
+    assert drawn.count("&lt;img src=x onerror=") >= 3
+
+
+#: Put at the start of the page, before its policy: says at the end what the page came to be.
+WITNESS = """<script>
+const seen = {blocked: []};
+document.addEventListener('securitypolicyviolation', e => seen.blocked.push(e.violatedDirective));
+addEventListener('load', () => setTimeout(() => {
+  const all = [...document.querySelectorAll('*')];
+  seen.title = document.title;
+  seen.names = [...new Set(all.map(node => node.localName))];
+  seen.scripts = document.scripts.length;
+  seen.handlers = all.flatMap(node => [...node.attributes])
+    .filter(found => found.name.startsWith('on')).length;
+  seen.links = all.flatMap(node => [...node.attributes])
+    .filter(found => ['href', 'src', 'xlink:href', 'action'].includes(found.name))
+    .map(found => found.value).filter(value => !value.startsWith('#') && value !== 'data:,');
+  seen.shown = document.body.textContent.split("document.title='ran'").length - 1;
+  const said = document.createElement('pre');
+  said.id = 'said';
+  said.textContent = JSON.stringify(seen);
+  document.body.append(said);
+}, 500));
+</script>
+"""
+
+
+def witnessed(page: Path, put: str = "", policy: bool = True) -> dict[str, Any]:
+    """What a browser makes of a page, with `put` at the end of its body."""
+    html = page.read_text("utf-8")
+    html = html.replace("<head>", f"<head>{WITNESS}", 1).replace("</body>", f"{put}</body>", 1)
+    if not policy:
+        html = re.sub('<meta http-equiv="Content-Security-Policy"[^>]*>', "", html, count=1)
+    changed = page.with_name("witnessed.html")
+    changed.write_text(html, "utf-8")
+    shown = look(changed, "--dump-dom", "--virtual-time-budget=5000")
+    found = re.search(r'<pre id="said">(.+?)</pre>', shown.stdout, re.DOTALL)
+    assert found, shown.stderr
+    seen: dict[str, Any] = json.loads(unescape(found[1]))
+    return seen
+
+
+@pytest.mark.parametrize("command", MAKERS)
+def test_texts_of_others_stay_texts(
+    command: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    browser()
+    monkeypatch.setattr(writing, "save", lambda *arguments: None)  # the page alone
+    run = MAKERS[command](tmp_path / "run")
+    attack(run)
+    # Without its policy, so that nothing but the escaping is tested.
+    seen = witnessed(write_report([run]), policy=False)
+    assert seen["title"] != "ran"
+    assert seen["shown"] > 10
+    assert seen["scripts"] == 1  # the witness
+    assert seen["handlers"] == 0
+    assert seen["links"] == []
+    assert not {"img", "a", "iframe", "object", "embed", "form", "base"} & set(seen["names"])
+
+
+#: What would run or fetch something if it were in the page after all.
+SLIPPED = """<script>document.title = 'ran'</script>
+<img src="data:," onerror="document.title = 'ran'">
+<iframe srcdoc="<script>parent.document.title = 'ran'</script>"></iframe>
+<img src="{url}/image"><script src="{url}/script"></script>
+<link rel="stylesheet" href="{url}/style"><object data="{url}/object"></object>
+<style>@import "{url}/import"; body {{ background: url({url}/background) }}</style>
+"""
+
+
+@pytest.mark.parametrize("policy", [True, False], ids=["policy", "no policy"])
+def test_a_page_runs_and_fetches_nothing(
+    policy: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Even where something slipped in; without the policy it would."""
+    browser()
+    monkeypatch.setattr(writing, "save", lambda *arguments: None)
+    page = write_report([capture(tmp_path / "run")])
+    asked: list[str] = []
+
+    class Outside(BaseHTTPRequestHandler):
+        def do_GET(self) -> None:
+            asked.append(self.path)
+            self.send_error(404)
+
+        def log_message(self, *_: Any) -> None:
+            pass
+
+    with ThreadingHTTPServer(("127.0.0.1", 0), Outside) as server:
+        threading.Thread(target=server.serve_forever, args=(0.01,), daemon=True).start()
+        put = SLIPPED.format(url=f"http://127.0.0.1:{server.server_port}")
+        seen = witnessed(page, put, policy=policy)
+        server.shutdown()
+    if policy:
+        assert seen["title"] != "ran"
+        assert asked == []
+        assert {name.split("-")[0] for name in seen["blocked"]} >= {"script", "img", "style"}
+    else:
+        assert seen["title"] == "ran"
+        assert {"/image", "/script", "/style"} <= set(asked)
 
 
 def test_the_page_makes_a_picture(probed: Path, tmp_path: Path) -> None:

@@ -6,6 +6,7 @@ the GGUF file a model of a few thousand weights, and the package index a functio
 
 from __future__ import annotations
 
+import hashlib
 import json
 import os
 import shutil
@@ -116,6 +117,8 @@ def test_directory_that_is_no_model(tmp_path: Path) -> None:
 def test_directory_without_weights(tmp_path: Path) -> None:
     (model_directory(tmp_path / "m") / "model.safetensors").unlink()
     assert "lacks weights" in refusal(str(tmp_path / "m"))
+    (tmp_path / "m" / "pytorch_model.bin").write_bytes(b"pickled weights")
+    assert "pytorch_model.bin is a pickle" in refusal(str(tmp_path / "m"))
     assert resolve(str(tmp_path / "m"), weights=False).model_id == "m"
 
 
@@ -126,6 +129,8 @@ def test_directory_with_a_shard_missing(tmp_path: Path) -> None:
     shards = {"a": "model-00001-of-00002.safetensors", "b": "model-00002-of-00002.safetensors"}
     index.write_text(json.dumps({"weight_map": shards}))
     assert "model-00002-of-00002.safetensors (1 of 2 shards)" in refusal(str(path))
+    index.write_text(json.dumps({"weight_map": {"a": "pytorch_model.bin"}}))
+    assert "a readable model.safetensors.index.json" in refusal(str(path))
     index.write_text("[]")
     assert "a readable model.safetensors.index.json" in refusal(str(path))
 
@@ -224,6 +229,7 @@ class FakeHub(BaseHTTPRequestHandler):
 
     requests: list[str] = []
     files = FILES
+    hashes: dict[str, str] = {}
     gated: str | bool = False
 
     def log_message(self, format: str, *args: Any) -> None:
@@ -266,7 +272,12 @@ class FakeHub(BaseHTTPRequestHandler):
             ]
             self.answer(200, json.dumps(tree).encode(), Content_Type="application/json")
         else:
-            siblings = [{"rfilename": name, "size": size} for name, size in sizes.items()]
+            siblings: list[dict[str, Any]] = [
+                {"rfilename": name, "size": size} for name, size in sizes.items()
+            ]
+            for item in siblings:
+                if digest := self.hashes.get(item["rfilename"]):
+                    item["lfs"] = {"size": item["size"], "sha256": digest, "pointerSize": 1}
             info = {"id": "org/m", "sha": COMMIT, "gated": self.gated, "siblings": siblings}
             self.answer(200, json.dumps(info).encode(), Content_Type="application/json")
 
@@ -313,12 +324,36 @@ def test_dry_run_downloads_no_weights_and_a_run_completes_them(fake_hub: type[Fa
     assert "model.safetensors" in names_in(resolve("org/m").path)
 
 
-def test_bin_is_taken_when_there_is_nothing_else(
+def test_pickles_are_not_downloaded(
     fake_hub: type[FakeHub], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     files = {name: body for name, body in FILES.items() if not name.endswith(".safetensors")}
     monkeypatch.setattr(fake_hub, "files", files)
-    assert "pytorch_model.bin" in names_in(resolve("org/m").path)
+    message = refusal("org/m")
+    assert "holds no weights as safetensors; pytorch_model.bin is a pickle" in message
+    assert not any(path.endswith(".bin") for path in fake_hub.requests)
+
+
+def test_code_comes_with_a_model(fake_hub: type[FakeHub], monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(fake_hub, "files", {**FILES, "modeling_m.py": b"raise SystemExit"})
+    assert "modeling_m.py" in names_in(resolve("org/m", weights=False).path)
+
+
+def test_a_tampered_download_is_not_kept(
+    fake_hub: type[FakeHub], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    published = hashlib.sha256(FILES["model.safetensors"]).hexdigest()
+    monkeypatch.setattr(fake_hub, "hashes", {"model.safetensors": published})
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(fake_hub, "files", {**FILES, "model.safetensors": b"SAFE weights"})
+        message = refusal("org/m")
+    assert "model.safetensors of 'org/m' is not what the hub announced" in message
+    assert published in message
+    assert b"SAFE weights" not in [
+        path.read_bytes() for path in hub.cache().rglob("*") if path.is_file()
+    ]
+    found = Path(resolve("org/m").path)
+    assert (found / "model.safetensors").read_bytes() == b"safe weights"
 
 
 def test_gguf_only_repository(fake_hub: type[FakeHub], monkeypatch: pytest.MonkeyPatch) -> None:

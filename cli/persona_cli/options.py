@@ -59,6 +59,15 @@ Attention = Annotated[
         rich_help_panel=_MODEL,
     ),
 ]
+TrustRemoteCode = Annotated[
+    bool,
+    typer.Option(
+        "--trust-remote-code",
+        help="Run Python code that comes with the checkpoint, with all your rights on this "
+        "machine; pin it by --revision and a commit.",
+        rich_help_panel=_MODEL,
+    ),
+]
 GridSource = Annotated[
     str | None,
     typer.Option(
@@ -315,6 +324,7 @@ class ModelOptions:
     dtype: Dtype = "auto"
     device: Device = "auto"
     attn: Attention = None
+    trust_remote_code: TrustRemoteCode = False
 
     def arguments(self) -> dict[str, Any]:
         """The arguments of `persona_nnsight.load_model`."""
@@ -324,6 +334,7 @@ class ModelOptions:
             "dtype": self.dtype,
             "device": self.device,
             "attn": self.attn,
+            "trust_remote_code": self.trust_remote_code,
         }
 
 

@@ -21,6 +21,8 @@ def provenance(run: Run) -> Facts:
     elif "argv" in manifest:
         rows.append(("command line", f"none: {run.command} was called from Python"))
     rows += [(f"model {name}", str(model[name])) for name in _MODEL if model.get(name) is not None]
+    if model.get("trust_remote_code"):
+        rows.append(("code of the checkpoint", "was trusted (--trust-remote-code)"))
     where = run.facts("backend")
     if where.get("host"):
         jobs = where.get("jobs") or []

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -39,6 +40,11 @@ _MARKER_CONTRAST_COLUMNS = (
     *("n", "difference", "lo", "hi"),
 )
 _PUBLISHED_COLUMNS = ("condition", "value", "n", "published_model", "published")
+
+#: Columns that hold names of ours or keys of a grid. Tables are files, and anybody may have
+#: written them: a name is letters, digits and a few signs, before it is drawn or told of.
+_NAMES = (*_CELL, "condition", "control", "host", "position", "layers", "measure")
+_NAME = re.compile(r"[A-Za-z0-9_.+-]*")
 
 #: Optional columns that hold numbers.
 _NUMBERS = {
@@ -204,6 +210,12 @@ def _read_csv(path: Path, columns: Sequence[str]) -> pd.DataFrame:
         if name in TEXT_COLUMNS:
             # pandas takes layers like 14 for numbers where read_table does not know the column.
             table[name] = [_word(value) for value in table[name]]
+            for row, value in enumerate(table[name], start=2):
+                if name in _NAMES and not _NAME.fullmatch(value):
+                    raise PersonaError(
+                        f"{str(path)!r} has {value[:60]!r} in row {row}, column {name!r}, where a "
+                        f"name belongs; {advice}."
+                    )
         elif name in columns or name in _NUMBERS:
             numbers = pd.to_numeric(table[name], errors="coerce")
             for row, (value, number) in enumerate(zip(table[name], numbers, strict=True), start=2):
@@ -238,6 +250,7 @@ def _read_texts(directory: Path) -> list[Mapping[str, Any]]:
         try:
             text = json.loads(line)
             known = all(isinstance(text[name], str) for name in (*_CELL, "condition", "text"))
+            known = known and all(_NAME.fullmatch(str(text.get(name) or "")) for name in _NAMES)
         except (ValueError, RecursionError, KeyError, TypeError):
             known = False
         if not known:

@@ -21,6 +21,12 @@ from persona_nnsight.report.sections import pictures, run_page
 _PAGE = "report.html"
 #: How a page says that it is ours, and which figures belong to it.
 _GENERATOR = '<meta name="generator" content="persona report">'
+#: What a browser may do with a page: show it. No script runs and nothing is fetched, whatever a
+#: text of a model or of a grid may have slipped in.
+_POLICY = (
+    "default-src 'none'; style-src 'unsafe-inline'; img-src data:; base-uri 'none'; "
+    "form-action 'none'"
+)
 _STEM = re.compile(r'<figure data-file="([A-Za-z0-9.-]+)"')
 
 
@@ -79,6 +85,7 @@ def render(pages: Sequence[RunPage]) -> str:
         pages=pages,
         css=Markup(css.read_text(encoding="utf-8")),
         generator=Markup(_GENERATOR),
+        policy=Markup(_POLICY),
     )
 
 

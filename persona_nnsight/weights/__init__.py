@@ -160,13 +160,14 @@ def _from_directory(spec: str, path: Path, *, weights: bool) -> Weights:
     """Resolve a directory of the user's, if it is one of a model."""
     path = path.resolve()
     if lacking := model_files.missing(path, weights=weights):
-        ggufs = sorted(path.glob("*.gguf"))
         hint = (
-            f"give the path of {ggufs[0].name} in it instead"
-            if ggufs
-            else "a model directory holds config.json, tokenizer files and *.safetensors, "
+            "a model directory holds config.json, tokenizer files and *.safetensors, "
             "as `save_pretrained` writes them"
         )
+        if ggufs := sorted(path.glob("*.gguf")):
+            hint = f"give the path of {ggufs[0].name} in it instead"
+        elif pickle := model_files.pickled(file.name for file in path.iterdir()):
+            hint = f"{pickle} is a pickle, which is never loaded; {hint}"
         raise PersonaError(f"{spec!r} is no model directory, it lacks {lacking}; {hint}.")
     digest = model_files.fingerprint(path)
     return Weights(spec, str(path), path.name, model_files.slug(path.name), sha256=digest)

@@ -20,10 +20,12 @@ from persona_nnsight.errors import PersonaError
 from persona_nnsight.weights.embedded import ALIAS
 from persona_nnsight.weights.model_files import (
     CONFIG,
+    file_sha256,
     first_line,
     has_vocabulary,
     human_size,
     missing,
+    pickled,
     wanted,
 )
 
@@ -102,6 +104,7 @@ def snapshot(
     sizes = {item.rfilename: item.size or 0 for item in info.siblings or []}
     notify(f"downloading {model_id} ({human_size(sum(sizes[name] for name in files))})")
     found = _download(model_id, revision, files)
+    _verify(found, info, files)
     if not is_complete(found, weights=weights):
         lacking = missing(found, weights=weights) or "a tokenizer's vocabulary"
         raise PersonaError(
@@ -183,14 +186,14 @@ def _choose(info: ModelInfo, model_id: str, *, weights: bool) -> list[str]:
     names = [item.rfilename for item in info.siblings or []]
     files = wanted(names, weights=weights)
     lacking = [] if CONFIG in files else [CONFIG]
-    if weights and not any(name.endswith((".safetensors", ".bin")) for name in files):
-        lacking.append("weights that transformers loads")
+    if weights and not any(name.endswith(".safetensors") for name in files):
+        lacking.append("weights as safetensors")
     if lacking:
-        hint = (
-            "download one of its .gguf files and give the path of that"
-            if any(name.endswith(".gguf") for name in names)
-            else "choose a model that is published for transformers"
-        )
+        hint = "choose a model that is published for transformers"
+        if any(name.endswith(".gguf") for name in names):
+            hint = "download one of its .gguf files and give the path of that"
+        elif pickle := pickled(names):
+            hint = f"{pickle} is a pickle, which is never loaded; {hint} as safetensors"
         raise PersonaError(f"The hub's {model_id!r} holds no {' and no '.join(lacking)}; {hint}.")
     return files
 
@@ -212,6 +215,22 @@ def _download(model_id: str, revision: str | None, files: list[str]) -> Path:
             "run the same command again, files that are complete are kept."
         ) from error
     return Path(path)
+
+
+def _verify(found: Path, info: ModelInfo, files: list[str]) -> None:
+    """Compare large files with the SHA-256 in the hub's metadata, and keep none that differs.
+
+    The hub's client itself compares their size alone. Small files, which are in git, have no hash.
+    """
+    for item in info.siblings or []:
+        path = found / item.rfilename
+        if item.rfilename in files and item.lfs and file_sha256(path) != item.lfs.sha256:
+            path.resolve().unlink()  # the content; the snapshot only links to it
+            path.unlink(missing_ok=True)
+            raise PersonaError(
+                f"The file {item.rfilename} of {info.id!r} is not what the hub announced (SHA-256 "
+                f"expected {item.lfs.sha256}), so it was not kept; run the same command again."
+            )
 
 
 def _refused(model_id: str, revision: str | None, error: Exception) -> PersonaError:

@@ -1,9 +1,11 @@
 """What a model directory holds: which files are needed, which are missing, what they hash to.
 
 A *model directory* is what `transformers` loads by path: `config.json`, tokenizer files, and the
-weights under one of four names, either whole or as an index with the shards it lists. The same
-three questions come up for a directory of the user's, for a snapshot in the hub cache and for a
+weights as safetensors, either whole or as an index with the shards it lists. The same three
+questions come up for a directory of the user's, for a snapshot in the hub cache and for a
 repository that is still to be downloaded, so they are answered here once.
+
+Weights in `pytorch_model.bin` are not taken: that is a pickle, which can hold more than numbers.
 """
 
 from __future__ import annotations
@@ -15,16 +17,14 @@ from pathlib import Path, PurePosixPath
 
 CONFIG = "config.json"
 
-WHOLE_OR_INDEX = (
-    "model.safetensors",
-    "model.safetensors.index.json",
-    "pytorch_model.bin",
-    "pytorch_model.bin.index.json",
-)
+WHOLE_OR_INDEX = ("model.safetensors", "model.safetensors.index.json")
 """The names transformers looks for, in the order it tries them."""
 
-_SMALL_SUFFIXES = (".json", ".jinja", ".model", ".txt", ".tiktoken")
-_WEIGHT_SUFFIXES = (".safetensors", ".bin")
+PICKLES = ("pytorch_model.bin", "pytorch_model.bin.index.json")
+"""The same as pickles, by which a repository without safetensors is known."""
+
+#: Code (.py) is fetched with the rest, and runs only where `load_model` is told to trust it.
+_SMALL_SUFFIXES = (".json", ".jinja", ".model", ".txt", ".tiktoken", ".py")
 _VOCABULARIES = ("tokenizer.json", "*.model", "vocab.*", "*.tiktoken")
 
 _WHOLE_FILE_LIMIT = 64 * 2**20
@@ -46,15 +46,41 @@ def _missing_weights(directory: Path) -> str | None:
     """Name the weight file or shard that is missing; an index counts only with all its shards."""
     found = next((name for name in WHOLE_OR_INDEX if (directory / name).is_file()), None)
     if found is None:
-        return "weights (model.safetensors or pytorch_model.bin, whole or with an index)"
+        return "weights as safetensors (model.safetensors, whole or with an index)"
     if not found.endswith(".index.json"):
         return None
     try:
         shards = set(json.loads((directory / found).read_text("utf-8"))["weight_map"].values())
-    except (OSError, ValueError, KeyError, TypeError, AttributeError):
+        # transformers would read a shard of another name as a pickle.
+        readable = all(shard.endswith(".safetensors") for shard in shards)
+    except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError):
+        readable = False
+    if not readable:
         return f"a readable {found}"
     absent = sorted(shard for shard in shards if not (directory / shard).is_file())
     return f"{absent[0]} ({len(absent)} of {len(shards)} shards)" if absent else None
+
+
+def pickled(names: Iterable[str]) -> str | None:
+    """Return the name of weights that are a pickle; None where there are none."""
+    return next((name for name in PICKLES if name in set(names)), None)
+
+
+def code_references(directory: Path) -> set[str]:
+    """Name the classes that a checkpoint brings as code of its own, from its two `auto_map`s.
+
+    They have the form `module.Class`, or `org/name--module.Class` in another repository.
+    """
+    found: set[str] = set()
+    for name in (CONFIG, "tokenizer_config.json"):
+        try:
+            classes = json.loads((directory / name).read_text("utf-8"))["auto_map"].values()
+        except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError):
+            continue
+        for entry in classes:
+            several = entry if isinstance(entry, list) else [entry]
+            found.update(each for each in several if isinstance(each, str))
+    return found
 
 
 def has_vocabulary(directory: Path) -> bool:
@@ -65,8 +91,8 @@ def has_vocabulary(directory: Path) -> bool:
 def wanted(names: Iterable[str], *, weights: bool) -> list[str]:
     """Choose the files of a repository to download: config, tokenizer, and one set of weights.
 
-    Only the top level counts, safetensors win over `.bin`, and copies of the weights in other
-    layouts (`consolidated.safetensors`, `onnx/…`) are left out.
+    Only the top level counts, and copies of the weights in other forms and layouts
+    (`pytorch_model.bin`, `consolidated.safetensors`, `onnx/…`) are left out.
 
     >>> wanted(["config.json", "model.safetensors", "pytorch_model.bin", "README.md"], weights=True)
     ['config.json', 'model.safetensors']
@@ -77,13 +103,12 @@ def wanted(names: Iterable[str], *, weights: bool) -> list[str]:
         name for name in top if name.endswith(_SMALL_SUFFIXES) and not name.endswith(".index.json")
     ]
     if weights and found:
-        stem = found.split(".")[0]
-        suffix = ".safetensors" if ".safetensors" in found else ".bin"
         whole = not found.endswith(".index.json")
         chosen += [
             name
             for name in top
-            if name == found or (not whole and name.startswith(stem) and name.endswith(suffix))
+            if name == found
+            or (not whole and name.startswith("model") and name.endswith(".safetensors"))
         ]
     return chosen
 
@@ -92,14 +117,14 @@ def fingerprint(directory: Path) -> str:
     """Hash what makes `directory` this model, in well under a second whatever its size.
 
     SHA-256 over one line `name␀size␀digest` per file at the top level of the directory, by name,
-    for the suffixes .json .jinja .model .txt .tiktoken .safetensors .bin. `digest` is the SHA-256
+    for the suffixes .json .jinja .model .txt .tiktoken .py .safetensors. `digest` is the SHA-256
     of the whole file up to 64 MiB; of a larger file, of 64 blocks of 16 KiB spread evenly from its
     first byte (a safetensors header) to its last. Two checkpoints of one architecture therefore
     differ, although a few changed bytes in gigabytes of weights may go unseen.
     """
     total = hashlib.sha256()
     for path in sorted(directory.iterdir()):
-        if path.suffix in _SMALL_SUFFIXES + _WEIGHT_SUFFIXES and path.is_file():
+        if path.suffix in (*_SMALL_SUFFIXES, ".safetensors") and path.is_file():
             size = path.stat().st_size
             total.update(f"{path.name}\0{size}\0{_content_digest(path, size)}\n".encode())
     return total.hexdigest()

@@ -27,6 +27,8 @@ _STRONGEST = 0.5
 #: Inches: beside the cells, without the names of the rows; and across a number.
 _MARGINS = 0.55
 _NUMBER = 0.32
+#: Letters of a row's name that leave room for two columns; a longer one is cut in the drawing.
+_MOST_LETTERS = 30
 
 
 def columns_beside(rows: Sequence[str]) -> int:
@@ -35,7 +37,11 @@ def columns_beside(rows: Sequence[str]) -> int:
 
 
 def _longest(rows: Sequence[str]) -> float:
-    return text_width(max(rows, key=len, default=""))
+    return max((text_width(_cut(row)) for row in rows), default=0.0)
+
+
+def _cut(name: str) -> str:
+    return name if len(name) <= _MOST_LETTERS else f"{name[: _MOST_LETTERS - 1]}…"
 
 
 def heat_panel(
@@ -67,7 +73,7 @@ def heat_panel(
         axes.set_xlim(0, len(columns))
         axes.set_ylim(len(rows), 0)
         axes.set_xticks([i + 0.5 for i in range(len(columns))], columns)
-        axes.set_yticks([i + 0.5 for i in range(len(rows))], rows)
+        axes.set_yticks([i + 0.5 for i in range(len(rows))], [_cut(row) for row in rows])
         axes.set_xlabel(column_label)
         axes.set_ylabel(row_label)
         axes.tick_params(length=0)
