@@ -180,6 +180,46 @@ def test_a_chat_template_reaches_nothing(
     assert not (tmp_path / "ran").exists()
 
 
+def test_no_code_is_trusted_for_a_server(
+    checkpoint: Path, persona: Persona, fake: FakeNdif
+) -> None:
+    there = ("--backend", "ndif", "--ndif-host", fake.url, "--trust-remote-code")
+    assert_one_sentence(refused := persona("substitute", "-m", checkpoint, *SMALL, *there))
+    assert "--trust-remote-code is for this machine" in refused.err
+    assert not (checkpoint.parent / "ran").exists()
+    assert fake.seen == []
+
+
+def test_a_directory_does_not_say_whose_code_is_trusted(
+    checkpoint: Path,
+    persona: Persona,
+    fake: FakeNdif,
+    tiny_dir: TinyDir,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """Runs of somebody else's, whose record names a checkpoint and the option."""
+    fake.scripts = [(("QUEUED", ""), *DONE)]
+    there = ("--backend", "ndif", "--ndif-host", fake.url, "--detach")
+    assert persona("substitute", "-m", tiny_dir("llama"), *SMALL, "-o", "run", *there).code == 0
+    with monkeypatch.context() as full:
+        full.setattr("persona_nnsight.results.run_manifest", _no_space)
+        assert persona("substitute", "-m", tiny_dir("llama"), *SMALL, "-o", "local").code == 2
+    for out in ("run", "local"):
+        pending = json.loads(Path(out, "pending.json").read_text())
+        argv = ["substitute", "-m", checkpoint, *SMALL, "--trust-remote-code"]
+        pending["origin"]["argv"] = [str(word) for word in argv]
+        Path(out, "pending.json").write_text(json.dumps(pending))
+        assert_one_sentence(refused := persona("resume", out))
+        assert "if you trust that code, add --trust-remote-code" in refused.err
+        assert not (checkpoint.parent / "ran").exists()
+    assert persona("resume", "local", "--trust-remote-code").code == 2  # another model
+    assert (checkpoint.parent / "ran").exists()
+
+
+def _no_space(**_: object) -> None:
+    raise OSError(28, "No space left on device")
+
+
 # ------------------------------------------------------------------------------------- pickles
 
 
@@ -449,7 +489,7 @@ def test_a_failed_run_holds_no_secret(fake: FakeNdif, persona: Persona, tiny_dir
 def test_a_detached_run_holds_no_secret(
     fake: FakeNdif, persona: Persona, tiny_dir: TinyDir
 ) -> None:
-    fake.scripts = [(("QUEUED", "Position 1."), ("QUEUED", "Position 1."), *DONE)]
+    fake.scripts = [(("QUEUED", f"for {KEY}"), ("QUEUED", f"for {KEY}"), *DONE)]
     there = ("--backend", "ndif", "--ndif-host", fake.url, "--detach")
     sent = persona("substitute", "-m", tiny_dir("llama"), *SMALL, "-o", "run", *there)
     assert sent.code == 0, sent.err
@@ -481,6 +521,10 @@ def test_doctor_names_no_secret(fake: FakeNdif, persona: Persona, tiny_dir: Tiny
         f"http://someone:{KEY}@127.0.0.1:9",
         f"https://ndif.example.org/?key={KEY}",
         f"https://ndif.example.org/#{KEY}",
+        f"someone:{KEY}@ndif.example.org",
+        f"https://someone:{KEY}@ndif.example.org:none",
+        f"ftp://someone:{KEY}@ndif.example.org",
+        f"https:/ndif.example.org?key={KEY}",
     ],
 )
 def test_a_secret_in_the_address_is_not_repeated(
@@ -493,6 +537,17 @@ def test_a_secret_in_the_address_is_not_repeated(
     assert_one_sentence(looked)
     assert not Path("run").exists()
     assert_no_secret(refused, looked)
+
+
+@pytest.mark.parametrize("proxy", ["socks5://me:{}@127.0.0.1:9", "odd://me:{}@127.0.0.1:9"])
+def test_a_secret_in_the_proxy_is_not_repeated(
+    proxy: str, persona: Persona, tiny_dir: TinyDir, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("ALL_PROXY", proxy.format(KEY))
+    there = ("--backend", "ndif", "--ndif-host", "https://ndif.example.org")
+    assert_one_sentence(refused := persona("doctor", "-m", tiny_dir("llama"), *there))
+    assert "The proxy that the environment names" in refused.err
+    assert_no_secret(refused)
 
 
 CRASH = """

@@ -39,13 +39,18 @@ def check_model_options(model: ModelOptions, where: BackendOptions) -> None:
     """Refuse what a server decides, and what is no memory budget.
 
     Raises:
-        PersonaError: a device for a server, or a bad memory budget.
+        PersonaError: a device or trust in code for a server, or a bad memory budget.
     """
     where.memory_bytes()
     if where.name == "ndif" and model.device != "auto":
         raise PersonaError(
             f"--device {model.device} is for this machine, and with --backend ndif the server "
             "decides; leave it out."
+        )
+    if where.name == "ndif" and model.trust_remote_code:
+        raise PersonaError(
+            "--trust-remote-code is for this machine, and with --backend ndif the server decides "
+            "whose code it runs; leave it out."
         )
 
 

@@ -3,13 +3,18 @@
 from __future__ import annotations
 
 import os
+import shlex
 from pathlib import Path
 from typing import Annotated
 
 import typer
 
+from persona_cli.console import notes
 from persona_nnsight.errors import PersonaError
 from persona_nnsight.runs import RUN, clear_journal
+
+#: What only the user can say, and not a directory that may be somebody else's.
+TRUST = "--trust-remote-code"
 
 #: Commands whose runs can be gone on with; a directory can have no other run again.
 EXPERIMENTS = ("capture", "substitute", "inject", "markers", "steer", "reproduce")
@@ -35,6 +40,13 @@ def resume(
             "machine: the API key is sent there.",
         ),
     ] = None,
+    trust_remote_code: Annotated[
+        bool,
+        typer.Option(
+            "--trust-remote-code",
+            help="Confirms that the run may execute code that comes with its checkpoint.",
+        ),
+    ] = False,
 ) -> None:
     """Go on with a run that was stopped, or collect one whose jobs are with an NDIF server.
 
@@ -59,6 +71,11 @@ def resume(
         raise PersonaError(
             f"The run in {str(directory)!r} was not started by a command, so none can be run again."
         )
+    if TRUST in origin.argv and not trust_remote_code:
+        raise PersonaError(
+            f"The run in {str(directory)!r} was started with {TRUST}, so it executes code that "
+            f"comes with its checkpoint; if you trust that code, add {TRUST}."
+        )
     again = [*origin.argv, "--resume", str(target)]
     if journal.backend == BACKEND:
         host = Ledger.of(journal).host
@@ -77,6 +94,7 @@ def resume(
             f"The run was started in {origin.cwd!r}, which cannot be entered ({error.strerror}); "
             "paths on its command line are relative to it, so put it back."
         ) from error
+    notes.print(f"persona {shlex.join(origin.argv)}", style="dim", markup=False, soft_wrap=True)
     command = context.find_root().command
     code = command.main(again, prog_name="persona", standalone_mode=False)
     raise typer.Exit(code if isinstance(code, int) else 0)

@@ -9,6 +9,7 @@ from __future__ import annotations
 import io
 import ipaddress
 import json
+import re
 import sys
 import time
 from collections.abc import Callable
@@ -82,15 +83,23 @@ class Server:
         self.host = (host or CONFIG.API.HOST).rstrip("/")
         self.insecure = insecure
         self.patience = patience
-        self._key = (CONFIG.API.APIKEY or "").strip() if with_key else ""
-        if not (self._key.isascii() and self._key.isprintable()):
+        #: Never shown, even where it is not sent.
+        self._secret = (CONFIG.API.APIKEY or "").strip()
+        self._key = self._secret if with_key else ""
+        if not (self._secret.isascii() and self._secret.isprintable()):
             raise PersonaError(
                 "The API key has characters that no key has (it is not shown here); set "
                 "NDIF_API_KEY anew."
             )
         self._check_url(self.host, "The NDIF host", bare_only=True)
-        # A proxy has no business between this machine and itself.
-        self._http = httpx.Client(timeout=_TIMEOUT, trust_env=not is_loopback(self.host))
+        try:
+            # A proxy has no business between this machine and itself.
+            self._http = httpx.Client(timeout=_TIMEOUT, trust_env=not is_loopback(self.host))
+        except (ImportError, ValueError, httpx.InvalidURL) as error:
+            raise PersonaError(
+                "The proxy that the environment names (HTTPS_PROXY, HTTP_PROXY, ALL_PROXY) cannot "
+                "be used; write it like http://proxy.example.org:3128, or unset it."
+            ) from error
 
     @property
     def has_key(self) -> bool:
@@ -106,9 +115,11 @@ class Server:
             bare = not (parts.username or parts.password or parts.query or parts.fragment)
         except (ValueError, httpx.InvalidURL):
             whole = bare = False
+        # Without what may be a secret: a name and password before the @, a signature after the ?.
+        shown = re.split("[?#]", re.sub("^(https?://)?.*@", r"\1", url, flags=re.DOTALL))[0]
         if not whole:
             raise PersonaError(
-                f"{what} {url!r} is not a URL; write it like https://ndif.example.org or "
+                f"{what} {shown!r} is not a URL; write it like https://ndif.example.org or "
                 "http://127.0.0.1:8001."
             )
         if bare_only and not bare:
@@ -118,9 +129,9 @@ class Server:
             )
         if parts.scheme == "http" and not is_loopback(url) and not self.insecure:
             raise PersonaError(
-                f"{what} {parts.scheme}://{parts.netloc} is plain http to another machine, where "
-                "everybody on the way can read the API key and change the results; use https, or "
-                "--insecure if the network is your own."
+                f"{what} {shown} is plain http to another machine, where everybody on the way can "
+                "read the API key and change the results; use https, or --insecure if the network "
+                "is your own."
             )
 
     # -- what the server is ----------------------------------------------------------------------
@@ -144,7 +155,7 @@ class Server:
         if answer.status_code in (502, 503, 504):
             raise NoAnswerError(self._detail(answer))
         try:
-            data: dict[str, Any] = answer.json()
+            data: dict[str, Any] = self._json(answer)
             if answer.status_code != 200 or not isinstance(data["packages"], dict):
                 raise ValueError
         except (ValueError, KeyError, TypeError) as error:
@@ -165,7 +176,7 @@ class Server:
         """
         answer = self._get("/status")
         try:
-            found = answer.json()["deployments"]
+            found = self._json(answer)["deployments"]
             replicas: dict[str, dict[str, str]] = {}
             for name, replica in found.items():
                 key, identity = replica.get("model_key") or name, replica.get("replica_id") or name
@@ -179,7 +190,7 @@ class Server:
     def identity(self) -> str | None:
         """Whom the server takes the API key to belong to; None where it does not say."""
         try:
-            email = self._get("/whoami").json().get("email")
+            email = self._json(self._get("/whoami")).get("email")
         except (ValueError, AttributeError):
             return None
         return None if email is None else str(email)
@@ -224,7 +235,7 @@ class Server:
         try:
             if answer.status_code != 200:
                 raise ValueError
-            return str(answer.json()["id"])
+            return str(self._json(answer)["id"])
         except (ValueError, KeyError, TypeError) as error:
             raise PersonaError(
                 f"{self.host} refuses the job (HTTP {answer.status_code}: {self._detail(answer)}); "
@@ -243,12 +254,12 @@ class Server:
         try:
             if answer.status_code != 200:
                 raise ValueError
-            data = answer.json()
+            data = self._json(answer)
             meta = data.get("meta") or {}
             runtime = meta.get("runtime")
             return Answer(
                 status=str(data["status"]),
-                description=self._scrubbed(str(data.get("description") or "")),
+                description=str(data.get("description") or ""),
                 url=data.get("data"),
                 runtime=None if runtime is None else float(runtime),
             )
@@ -336,14 +347,26 @@ class Server:
     def _detail(self, answer: httpx.Response) -> str:
         """The server's own explanation, on one line and without the key that it may repeat."""
         try:
-            data = answer.json()
+            data = self._json(answer)
             text = str(data["detail"] if isinstance(data, dict) and "detail" in data else data)
         except ValueError:
-            text = answer.text
-        return one_line(self._scrubbed(text)) or f"HTTP {answer.status_code}"
+            text = self._scrubbed(answer.text)
+        return one_line(text) or f"HTTP {answer.status_code}"
 
-    def _scrubbed(self, text: str) -> str:
-        return text.replace(self._key, "***") if self._key else text
+    def _json(self, answer: httpx.Response) -> Any:
+        """The answer as data, without the key that it may repeat.
+
+        Raises:
+            ValueError: it is no JSON.
+        """
+        return self._scrubbed(answer.json())
+
+    def _scrubbed(self, data: Any) -> Any:
+        if isinstance(data, str):
+            return data.replace(self._secret, "***") if self._secret else data
+        if isinstance(data, dict):
+            return {self._scrubbed(name): self._scrubbed(value) for name, value in data.items()}
+        return [self._scrubbed(value) for value in data] if isinstance(data, list) else data
 
 
 def one_line(text: str) -> str:
