@@ -1,4 +1,4 @@
-"""The one exception a caller has to know."""
+"""The one exception a caller has to know, and how its messages show a value."""
 
 
 class PersonaError(Exception):
@@ -6,3 +6,15 @@ class PersonaError(Exception):
 
     The command line prints the message and exits with code 2; a notebook shows it as it is.
     """
+
+
+def quoted(value: object, most: int = 60) -> str:
+    """A value as a message shows it, in quotes, with the middle of a long one left out.
+
+    >>> quoted("haiku"), quoted("k" * 1000, most=9)
+    ("'haiku'", "'kkkk…kkkk'")
+    """
+    text = str(value)
+    if len(text) > most:
+        text = f"{text[: most // 2]}…{text[-(most // 2) :]}"
+    return repr(text)

@@ -6,6 +6,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
+from unittest import mock
 
 import pytest
 from conftest import Persona
@@ -175,15 +176,10 @@ def test_another_template_is_another_frame(tmp_path: Path) -> None:
 def test_the_frame_is_found_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     tokenizer: Any = save_tokenizer(tmp_path, CHATML)
     encode_prompt(tokenizer, "Yoda")
-    rendered: list[object] = []
-    render = tokenizer.apply_chat_template
-    monkeypatch.setattr(
-        tokenizer,
-        "apply_chat_template",
-        lambda *given, **options: (rendered.append(given), render(*given, **options))[1],
-    )
+    render = mock.Mock(wraps=tokenizer.apply_chat_template)
+    monkeypatch.setattr(tokenizer, "apply_chat_template", render)
     encode_prompt(tokenizer, "Marx")
-    assert len(rendered) == 2  # with the generation prompt and without
+    assert render.call_count == 2  # with the generation prompt and without
 
 
 @pytest.mark.parametrize(

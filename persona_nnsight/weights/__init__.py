@@ -168,6 +168,11 @@ def _from_directory(spec: str, path: Path, *, weights: bool) -> Weights:
             "as `save_pretrained` writes them"
         )
         raise PersonaError(f"{spec!r} is no model directory, it lacks {lacking}; {hint}.")
+    if damaged := model_files.unreadable(path):
+        raise PersonaError(
+            f"The {damaged} of {spec!r} is no JSON object, so it is damaged or not saved as UTF-8; "
+            "fetch or copy the model again."
+        )
     digest = model_files.fingerprint(path)
     return Weights(spec, str(path), path.name, model_files.slug(path.name), sha256=digest)
 

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import re
 from collections.abc import Iterable
 from pathlib import Path, PurePosixPath
 
@@ -26,6 +27,8 @@ WHOLE_OR_INDEX = (
 _SMALL_SUFFIXES = (".json", ".jinja", ".model", ".txt", ".tiktoken")
 _WEIGHT_SUFFIXES = (".safetensors", ".bin")
 _VOCABULARIES = ("tokenizer.json", "*.model", "vocab.*", "*.tiktoken")
+
+_ERROR_CLASS = re.compile(r"^\w*(Error|Exception): ")
 
 _WHOLE_FILE_LIMIT = 64 * 2**20
 _BLOCKS, _BLOCK_BYTES = 64, 16 * 2**10
@@ -55,6 +58,22 @@ def _missing_weights(directory: Path) -> str | None:
         return f"a readable {found}"
     absent = sorted(shard for shard in shards if not (directory / shard).is_file())
     return f"{absent[0]} ({len(absent)} of {len(shards)} shards)" if absent else None
+
+
+def unreadable(directory: Path) -> str | None:
+    """Name the first configuration file that is there and is no JSON object, or return None.
+
+    transformers passes over a damaged generation_config.json, and with it the end tokens.
+    """
+    for name in (CONFIG, "generation_config.json"):
+        try:
+            if not isinstance(json.loads((directory / name).read_text("utf-8")), dict):
+                return name
+        except FileNotFoundError:
+            continue
+        except (OSError, ValueError, RecursionError):
+            return name
+    return None
 
 
 def has_vocabulary(directory: Path) -> bool:
@@ -144,8 +163,16 @@ def first_line(error: BaseException) -> str:
 
     >>> first_line(ValueError("no such thing.\\nSee above.")), first_line(TimeoutError())
     ('no such thing', 'TimeoutError')
+    >>> first_line(KeyError("metadata")), first_line(ValueError("field x:\\n  TypeError: no int"))
+    ("unknown name 'metadata'", 'field x: no int')
     """
-    return (str(error).strip().splitlines() or [type(error).__name__])[0].rstrip(".")
+    if isinstance(error, KeyError):
+        return f"unknown name {error}"
+    lines = str(error).strip().splitlines() or [type(error).__name__]
+    first = lines[0].strip()
+    if first.endswith(":") and len(lines) > 1:
+        first = f"{first} {_ERROR_CLASS.sub('', lines[1].strip())}"
+    return first.rstrip(".:")
 
 
 def human_size(size: int) -> str:
