@@ -89,7 +89,7 @@ def main(arguments: list[str] | None = None) -> None:
     words = sys.argv[1:] if arguments is None else arguments
     typed.set(tuple(words))
     try:
-        sys.exit(app(arguments, standalone_mode=False) or 0)
+        sys.exit(app(arguments, prog_name="persona", standalone_mode=False) or 0)
     except PersonaError as error:
         print(f"persona: {error}", file=sys.stderr)
         sys.exit(2)
@@ -108,16 +108,19 @@ _UsageError: type[Any] = typer.BadParameter.__bases__[0]
 def _usage(error: Any, words: Sequence[str]) -> str:
     """What is wrong with the words typed, as one sentence."""
     message = " ".join(error.format_message().split()).rstrip(".")
-    names = getattr(getattr(error, "param", None), "opts", ())
-    values = [
-        value
-        for word, following in pairwise([*words, ""])
-        for option, _, value in [word.partition("=") if "=" in word else (word, "", following)]
-        if option in names
-    ]
-    given = f" (given: {quoted(values[-1])})" if values else ""
+    given = _value_of(getattr(getattr(error, "param", None), "opts", ()), words)
     context = getattr(error, "ctx", None)
-    command = (
-        "persona" if context is None else " ".join(["persona", *context.command_path.split()[1:]])
+    command = "persona" if context is None else context.command_path
+    return (
+        f"{message}{'' if given is None else f' (given: {quoted(given)})'}; see `{command} --help`."
     )
-    return f"{message}{given}; see `{command} --help`."
+
+
+def _value_of(names: Sequence[str], words: Sequence[str]) -> str | None:
+    """The value typed last for an option, which Typer's messages leave out."""
+    found = None
+    for word, following in pairwise([*words, ""]):
+        name, equals, value = word.partition("=")
+        if name in names:
+            found = value if equals else following
+    return found

@@ -12,7 +12,7 @@ from persona_nnsight.errors import PersonaError, quoted
 from persona_nnsight.grids import Grid
 from persona_nnsight.manifest import FORMAT
 from persona_nnsight.runs import TEXT_COLUMNS, read_table
-from persona_nnsight.sites import POSITIONS
+from persona_nnsight.sites import NO_LAYERS, POSITIONS
 from persona_nnsight.weights.model_files import first_line
 
 if TYPE_CHECKING:
@@ -241,7 +241,7 @@ def _read_csv(path: Path, columns: Sequence[str]) -> pd.DataFrame:
 
 def _check_rows(path: Path, table: pd.DataFrame, grid: Grid | None) -> None:
     """Refuse rows about what the run does not have, and rows that are there twice."""
-    known = {"position": set(POSITIONS)}
+    known = {"position": {*POSITIONS, NO_LAYERS, ""}}  # the latter two where nothing is written
     if grid is not None:
         known |= {"persona": set(grid.persona_keys), "task": set(grid.task_keys)}
     for name, names in known.items():
@@ -280,7 +280,8 @@ def _read_texts(directory: Path) -> list[Mapping[str, Any]]:
         try:
             text = json.loads(line)
             known = all(isinstance(text[name], str) for name in (*_CELL, "condition", "text"))
-            known &= all(isinstance(text.get(name, ""), str) for name in ("position", "layers"))
+            known &= isinstance(text.get("position"), str | None)
+            known &= isinstance(text.get("layers"), str | int | None)
         except (ValueError, RecursionError, KeyError, TypeError):
             known = False
         if not known:
