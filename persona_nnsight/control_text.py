@@ -25,9 +25,10 @@ if TYPE_CHECKING:
 #: Renders a conversation of (role, content), with the generation prompt.
 Render = Callable[[Sequence[tuple[str, str]]], str]
 
-#: Contents that stand in no template, and that a template has no reason to change.
-_CONTENTS = ("Qxkzvone", "Qxkzvtwo", "Qxkzvthree")
-_CONTENT = re.compile("|".join(_CONTENTS))
+#: Contents that stand in no template, that a template has no reason to change, and that end in
+#: what a mark may stand beside.
+_CONTENTS = (".Qxkzvone.", ".Qxkzvtwo.", ".Qxkzvthree.")
+_CONTENT = re.compile("|".join(map(re.escape, _CONTENTS)))
 #: What stands beside a message may depend on the messages around it.
 _LONGER = (("system", "user"), ("user", "assistant", "user"))
 
@@ -47,11 +48,15 @@ class ControlText:
         pieces: what must not stand in a message.
         ids: token ids that only the template may bring in.
         frame: how often each of `ids` occurs in a prompt with a harmless message.
+        plain: those of `pieces` that are several tokens; None where there are none.
+        marks: how often each of `plain` occurs in such a prompt, decoded.
     """
 
     pieces: tuple[re.Pattern[str], ...]
     ids: frozenset[int]
     frame: Counter[int]
+    plain: re.Pattern[str] | None
+    marks: Counter[str]
 
     def find(self, text: str) -> str | None:
         """A piece of control text in a message, or None."""
@@ -67,6 +72,12 @@ class ControlText:
             return None
         extra.subtract(self.frame)
         return next(token for token, count in extra.items() if count)
+
+    def foreign_mark(self, decode: Callable[[], str]) -> str | None:
+        """A mark of plain text that a prompt has, decoded, more often than the template alone."""
+        if self.plain is None:
+            return None
+        return next(iter(Counter(self.plain.findall(decode())) - self.marks), None)
 
 
 #: By tokenizer, with the template it belongs to: prompts are encoded by the thousand.
@@ -111,12 +122,21 @@ def _derive(tokenizer: PreTrainedTokenizerBase, render: Render) -> ControlText:
     if tokenizer.unk_token_id not in (tokenizer.bos_token_id, tokenizer.eos_token_id):
         ids.discard(tokenizer.unk_token_id)  # stands for any character the vocabulary lacks
     encoded: list[int] = tokenizer(prompt, add_special_tokens=False)["input_ids"]
+    texts = headings | (marks - tokens)
+    plain = _any_of(map(_whole, texts)) if texts else None
     return ControlText(
         # Two patterns, as one of literals alone is fast however many there are.
         pieces=(any_mark, _any_of(map(_whole, headings))),
         ids=frozenset(ids),
         frame=Counter(filter(ids.__contains__, encoded)),
+        plain=plain,
+        marks=Counter(plain.findall(decoded(tokenizer, encoded)) if plain else ()),
     )
+
+
+def decoded(tokenizer: PreTrainedTokenizerBase, ids: Sequence[int]) -> str:
+    """The text of token ids as it is, special tokens included."""
+    return str(tokenizer.decode(list(ids), clean_up_tokenization_spaces=False))
 
 
 def _is_mark(text: str) -> bool:

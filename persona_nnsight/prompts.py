@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from functools import partial
 from typing import TYPE_CHECKING
 
-from persona_nnsight.control_text import control_text
+from persona_nnsight.control_text import control_text, decoded
 from persona_nnsight.errors import PersonaError
 from persona_nnsight.weights.model_files import first_line
 
@@ -49,9 +49,11 @@ def encode_prompt(tokenizer: PreTrainedTokenizerBase, text: str) -> Prompt:
         raise _forged(tokenizer, text, piece)
     rendered = _render(tokenizer, [("user", text)])
     full = _encode(tokenizer, rendered)
-    # The tokenizer may read other letters as a control token, such as full-width ones.
+    # The tokenizer may read other letters, such as full-width ones, as those of control text.
     if (token := control.foreign_id(full)) is not None:
         raise _forged(tokenizer, text, _spelling(tokenizer, rendered, token))
+    if (mark := control.foreign_mark(partial(decoded, tokenizer, full))) is not None:
+        raise _forged(tokenizer, text, mark)
     user = _encode(tokenizer, _render(tokenizer, [("user", text)], generation_prompt=False))
     begins = bool(user) and full[: len(user)] == user
     return Prompt(text=text, ids=tuple(full), user_last=len(user) - 1 if begins else None)
@@ -107,8 +109,9 @@ def _forged(tokenizer: PreTrainedTokenizerBase, text: str, piece: str) -> Person
     at = text.find(piece)
     begin, end = max(at - _AROUND, 0), at + len(piece) + _AROUND
     excerpt = "…" * (begin > 0) + text[begin:end] + "…" * (end < len(text))
+    contains = "contains" if at >= 0 else "is read by the tokenizer as if it contained"
     return PersonaError(
-        f"The text {excerpt!r} contains {piece!r}, a control token of the chat template of "
+        f"The text {excerpt!r} {contains} {piece!r}, a control token of the chat template of "
         f"{tokenizer.name_or_path!r}, which would end or forge a turn; write it otherwise, such as "
         "with a space inside or without its brackets."
     )

@@ -591,7 +591,6 @@ def saved(
     model = tiny("llama")
     captured = capture(model, TINY_GRID, layers="2", positions="p_last")
     captured.vectors().save(place / "vectors.safetensors")
-    captured.save(place / "captured")
     edited = substitute(model, TINY_GRID, layers="2", positions="p_last", generate=2)
     edited.save(place / "substituted")
     return place
