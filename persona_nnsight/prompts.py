@@ -9,7 +9,6 @@ from typing import TYPE_CHECKING
 
 from persona_nnsight.control_text import control_text, decoded
 from persona_nnsight.errors import PersonaError
-from persona_nnsight.weights.model_files import first_line
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -82,9 +81,10 @@ def _render(
             )
         )
     except Exception as error:  # a template is a program, and can trip in any way
+        reason = " ".join(str(error).split())
         raise PersonaError(
             f"The chat template of {tokenizer.name_or_path!r} refuses a single user message "
-            f"({first_line(error)}); use an instruction-tuned model whose template takes one."
+            f"({reason}); use an instruction-tuned model whose template takes one."
         ) from error
 
 
