@@ -797,7 +797,7 @@ PLACES: dict[str, tuple[str, str]] = {
     "below a link to itself": ("loop/run", "cannot be written to 'loop/run'"),
     "a device": ("/dev/full", "'/dev/full' is a file"),
     "below a device": ("/dev/null/run", "Cannot create '/dev/null/run'"),
-    "where nothing can be made": ("/proc/run", "cannot be written to '/proc/run'"),
+    "where nothing can be made": ("/proc/run", "'/proc/run'"),
     "a long name": ("x" * 300, "File name too long"),
 }
 
@@ -805,6 +805,8 @@ PLACES: dict[str, tuple[str, str]] = {
 @pytest.mark.parametrize("case", PLACES)
 def test_places(persona: Persona, tiny_dir: TinyDir, case: str) -> None:
     place, says = PLACES[case]
+    if place.startswith("/") and sys.platform != "linux":
+        pytest.skip("a place of Linux")
     make_places()
     before = sorted(Path().rglob("*"))
     base = ("capture", "-m", tiny_dir("llama"), "-g", "grid.yaml", *WHERE)
