@@ -1,4 +1,4 @@
-"""The exceptions a caller has to know."""
+"""The exceptions a caller has to know, and how their messages show a value."""
 
 
 class PersonaError(Exception):
@@ -10,3 +10,15 @@ class PersonaError(Exception):
 
 class OutOfMemoryError(PersonaError):
     """Memory ran out with a single row; what was finished before is good."""
+
+
+def quoted(value: object, most: int = 60) -> str:
+    """A value as a message shows it, in quotes, with the middle of a long one left out.
+
+    >>> quoted("haiku"), quoted("k" * 1000, most=9)
+    ("'haiku'", "'kkkk…kkkk'")
+    """
+    text = str(value)
+    if len(text) > most:
+        text = f"{text[: most // 2]}…{text[-(most // 2) :]}"
+    return repr(text)

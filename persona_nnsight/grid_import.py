@@ -221,7 +221,8 @@ def _parse(raw: bytes) -> ast.Module:
             "check that it is a Python script and that it runs"
         ) from None
     except (ValueError, MemoryError) as problem:
-        raise PersonaError(f"not readable as Python ({problem}); is it a script?") from None
+        why = str(problem) or "nested too deep"  # a MemoryError says nothing
+        raise PersonaError(f"not readable as Python ({why}); is it a script?") from None
 
 
 def _assignments(tree: ast.Module) -> Iterator[_Assignment]:

@@ -30,7 +30,7 @@ from typing import Any
 
 import yaml
 
-from persona_nnsight.errors import PersonaError
+from persona_nnsight.errors import PersonaError, quoted
 from persona_nnsight.strict_yaml import parse_yaml, read_small_file
 
 DEFAULT_TEMPLATE = "As {persona}, {task}"
@@ -321,7 +321,8 @@ def _mapping(value: object, where: str, allowed: Sequence[str] | None = None) ->
             )
         if allowed is not None and key not in allowed:
             raise PersonaError(
-                f"{where} has an unknown field {key!r}; the known ones are {_known(key, allowed)}"
+                f"{where} has an unknown field {quoted(key)}; "
+                f"the known ones are {_known(key, allowed)}"
             )
     return dict(value)
 
@@ -330,20 +331,21 @@ def _text(value: object, where: str) -> str:
     if not isinstance(value, str):
         raise PersonaError(f"{where} must be a text, not {_kind(value)}; put it in quotes")
     text = value.strip()
-    if not text:
-        raise PersonaError(f"{where} is empty; write its text or remove it")
     for char in text:
         if unicodedata.category(char) in ("Cc", "Cs") and char not in "\n\r\t":
             raise PersonaError(
                 f"{where} contains the character U+{ord(char):04X}, which is no text; remove it"
             )
+    # Marks of direction or of zero width alone show nothing either.
+    if all(unicodedata.category(char) in ("Cf", "Zs", "Cc") for char in text):
+        raise PersonaError(f"{where} is empty; write its text or remove it")
     return text
 
 
 def _key(value: object, where: str) -> str:
     key = _text(value, where)
     if not is_key(key):
-        raise PersonaError(f"{where} is {key!r}, which cannot be a key; {_KEY_RULE}")
+        raise PersonaError(f"{where} is {quoted(key)}, which cannot be a key; {_KEY_RULE}")
     return key
 
 
@@ -351,8 +353,8 @@ def _template(value: object) -> str:
     template = _text(value, "'template'")
     if sorted(_TEMPLATE_FIELD.findall(template)) != ["persona", "task"]:
         raise PersonaError(
-            f"'template' is {template!r}, but must contain {{persona}} and {{task}} once each, "
-            f"as in {DEFAULT_TEMPLATE!r}"
+            f"'template' is {quoted(template)}, but must contain {{persona}} and {{task}} once "
+            f"each, as in {DEFAULT_TEMPLATE!r}"
         )
     return template
 
@@ -364,7 +366,7 @@ def _entries(value: object, field: str, extra: str) -> Iterator[tuple[str, str, 
     for key, entry in entries.items():
         where = f"{field}.{key}"
         if not is_key(key):
-            raise PersonaError(f"{field!r} has the key {key!r}; {_KEY_RULE}")
+            raise PersonaError(f"{field!r} has the key {quoted(key)}; {_KEY_RULE}")
         if isinstance(entry, str):
             yield key, _text(entry, f"'{where}'"), ()
             continue

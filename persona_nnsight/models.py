@@ -13,13 +13,16 @@ from persona_nnsight.errors import PersonaError
 from persona_nnsight.module_tree import ModuleTree, find_tree
 from persona_nnsight.weights import Weights, resolve
 from persona_nnsight.weights.embedded import ALIAS
-from persona_nnsight.weights.model_files import code_references, first_line
+from persona_nnsight.weights.model_files import code_references, first_line, has_vocabulary
 
 if TYPE_CHECKING:
     from nnsight.modeling.transformers import TransformersModel
     from transformers import PretrainedConfig, PreTrainedTokenizerBase
 
 DEFAULT_MODEL = ALIAS
+
+#: Attention implementations; transformers would take others, and fetch some from the hub to run.
+ATTENTION = ("eager", "sdpa", "flash_attention_2", "flash_attention_3")
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 
@@ -94,12 +97,21 @@ def load_model(
     """
     placement = _device(device)
     chosen_dtype = _dtype(dtype, placement)
+    if attn not in (None, *ATTENTION):
+        raise PersonaError(f"Attention {attn!r} is not known; use {', '.join(ATTENTION)}.")
     source = resolve(spec, revision=revision, fetch=fetch, weights=weights, notify=notify)
     if trust_remote_code:
         _check_origin_of_code(source)
+    config = _load_config(source, trust_remote_code)
     tokenizer = _load_tokenizer(source, trust_remote_code)
     lm = _load_lm(
-        source, tokenizer, chosen_dtype, placement if weights else None, attn, trust_remote_code
+        source,
+        config,
+        tokenizer,
+        chosen_dtype,
+        placement if weights else None,
+        attn,
+        trust_remote_code,
     )
     module = lm._module
     return Model(
@@ -125,7 +137,8 @@ def _device(device: str) -> str:
     if device == "cpu":
         return device
     kind, _, index = device.partition(":")
-    if device == "balanced" or (kind == "cuda" and (not index or index.isdigit())):
+    number = index.isascii() and index.isdigit()
+    if device == "balanced" or (kind == "cuda" and (not index or number)):
         count = torch.cuda.device_count()
         if count == 0:
             raise PersonaError(f"Device {device!r} needs a CUDA GPU and there is none; use cpu.")
@@ -171,26 +184,21 @@ def _load_tokenizer(source: Weights, trust_remote_code: bool) -> PreTrainedToken
     except Exception as error:
         if _asks_for_code(error, trust_remote_code):
             raise _untrusted(source) from error
+        found = has_vocabulary(Path(source.path))
+        reason = first_line(error) if found else "its vocabulary is missing"
         raise PersonaError(
-            f"The tokenizer of {source.spec!r} cannot be read ({first_line(error)}); a model "
+            f"The tokenizer of {source.spec!r} cannot be read ({reason}); a model "
             "directory needs tokenizer.json or the tokenizer files of its family."
         ) from error
 
 
-def _load_lm(
-    source: Weights,
-    tokenizer: PreTrainedTokenizerBase,
-    dtype: torch.dtype,
-    device: str | None,
-    attn: str | None,
-    trust_remote_code: bool,
-) -> TransformersModel:
-    """The model with its weights on `device`, or its skeleton when that is None."""
-    from nnsight.modeling.transformers import TransformersModel
-    from transformers import AutoConfig, AutoModelForCausalLM
+def _load_config(source: Weights, trust_remote_code: bool) -> PretrainedConfig:
+    from transformers import AutoConfig
 
     try:
-        config = AutoConfig.from_pretrained(source.path, trust_remote_code=trust_remote_code)
+        config: PretrainedConfig = AutoConfig.from_pretrained(
+            source.path, trust_remote_code=trust_remote_code
+        )
     except Exception as error:
         if _asks_for_code(error, trust_remote_code):
             raise _untrusted(source) from error
@@ -200,6 +208,22 @@ def _load_lm(
             f"The model {source.spec!r} is an encoder-decoder ({config.model_type}), which has no "
             "prompt-to-answer residual stream; use a decoder-only language model."
         )
+    return config
+
+
+def _load_lm(
+    source: Weights,
+    config: PretrainedConfig,
+    tokenizer: PreTrainedTokenizerBase,
+    dtype: torch.dtype,
+    device: str | None,
+    attn: str | None,
+    trust_remote_code: bool,
+) -> TransformersModel:
+    """The model with its weights on `device`, or its skeleton when that is None."""
+    from nnsight.modeling.transformers import TransformersModel
+    from transformers import AutoModelForCausalLM
+
     if attn is None and getattr(config.get_text_config(decoder=True), _SOFT_CAP, None):
         attn = "eager"
     options: dict[str, Any] = {"dtype": dtype, "trust_remote_code": trust_remote_code}
@@ -214,12 +238,20 @@ def _load_lm(
             source.path,
             device_map=device if device == "balanced" else {"": device},
             output_loading_info=True,
+            ignore_mismatched_sizes=True,  # to name them below
+            use_safetensors=True,  # anything else is a pickle, which can run code
             **options,
         )
     except Exception as error:
         if _asks_for_code(error, trust_remote_code):
             raise _untrusted(source) from error
         raise _unreadable(source, error) from error
+    if report["mismatched_keys"]:
+        name, there, needed = sorted(report["mismatched_keys"])[0]
+        raise PersonaError(
+            f"The weights of {source.spec!r} do not fit its config.json: {name} has the shape "
+            f"{list(there)} and should have {list(needed)}; fetch or copy the model again, whole."
+        )
     if report["missing_keys"]:
         # transformers would go on with random values in their place.
         missing = sorted(report["missing_keys"])
@@ -269,5 +301,11 @@ def _eos_ids(
     )
     for eos in candidates:
         if eos is not None:
-            return tuple(eos) if isinstance(eos, list | tuple) else (int(eos),)
+            ids = tuple(eos) if isinstance(eos, list | tuple) else (eos,)
+            if not all(type(token) is int for token in ids):
+                raise PersonaError(
+                    f"The model's eos_token_id is {eos!r}; generation_config.json and config.json "
+                    "must give a token id or a list of them."
+                )
+            return ids
     return ()

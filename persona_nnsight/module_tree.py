@@ -71,7 +71,7 @@ def find_tree(model: PreTrainedModel, dtype: torch.dtype) -> ModuleTree:
     fitting = [
         name
         for name, length in lists.items()
-        if length == n_layers and not any(tower in name.lower() for tower in _TOWERS)
+        if 0 < length == n_layers and not any(tower in name.lower() for tower in _TOWERS)
     ]
     if len(fitting) != 1:
         seen = ", ".join(f"{name} ({length})" for name, length in lists.items()) or "none"

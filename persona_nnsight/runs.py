@@ -69,13 +69,25 @@ def check_free(directory: Path) -> None:
                 raise PersonaError(f"The directory {str(directory)!r} is not empty; {advice}.")
         elif directory.exists() or directory.is_symlink():
             raise PersonaError(f"{str(directory)!r} is a file, not a directory; {advice}.")
-        writable = directory if directory.is_dir() else _existing_parent(directory)
+        check_creatable(directory, "choose another --out")
     except OSError as error:
         raise _unwritable(directory, error) from error
-    if not writable.is_dir() or not os.access(writable, os.W_OK):
+
+
+def check_creatable(path: Path, advice: str) -> None:
+    """Refuse a file or directory that cannot be made or written into, before work is spent on it.
+
+    Raises:
+        PersonaError: says why, and `advice`.
+    """
+    there = path.absolute()
+    # A link to nowhere is there: nothing can be made below it.
+    while not there.exists() and not there.is_symlink() and there != there.parent:
+        there = there.parent
+    if not there.is_dir() or not os.access(there, os.W_OK):
         raise PersonaError(
-            f"Cannot create {str(directory)!r}: {str(writable)!r} is no directory that you may "
-            "write to; choose another --out."
+            f"Cannot create {str(path)!r}: {str(there)!r} is no directory that you may write to; "
+            f"{advice}."
         )
 
 
@@ -84,13 +96,6 @@ def _unwritable(directory: Path, error: OSError, *, resumable: bool = False) -> 
     return PersonaError(
         f"The run cannot be written to {str(directory)!r} ({error.strerror or error}); {way_out}."
     )
-
-
-def _existing_parent(directory: Path) -> Path:
-    parent = directory.absolute().parent
-    while not parent.exists() and parent != parent.parent:
-        parent = parent.parent
-    return parent
 
 
 def default_directory(name: str, root: Path = Path("outputs")) -> Path:

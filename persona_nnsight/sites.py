@@ -13,7 +13,7 @@ from __future__ import annotations
 import re
 from collections.abc import Iterable, Sequence
 
-from persona_nnsight.errors import PersonaError
+from persona_nnsight.errors import PersonaError, quoted
 
 #: The five depths of the paper's first table, as fractions of the number of layers.
 DEFAULT_LAYERS = "25%,40%,55%,70%,85%"
@@ -103,7 +103,7 @@ def _layer_term(term: str | int, n_layers: int) -> Iterable[int]:
             )
         chosen = range(first, last + 1, step)
     else:
-        raise PersonaError(f"Layer expression {text!r} is not understood; {_ALLOWED_LAYERS}.")
+        raise PersonaError(f"Layer expression {quoted(text)} is not understood; {_ALLOWED_LAYERS}.")
     if chosen[-1] >= n_layers:
         raise PersonaError(
             f"Layer {chosen[-1]} does not exist: this model has {n_layers} layers, "
@@ -123,8 +123,8 @@ def parse_positions(positions: str | Iterable[str]) -> tuple[str, ...]:
     for name in sorted(wanted):
         if name not in POSITIONS:
             raise PersonaError(
-                f"Position {name!r} does not exist; use p_user_last, p_last, or g1 to g9 (the "
-                "first to ninth generated token), with commas between them."
+                f"Position {quoted(name)} does not exist; use p_user_last, p_last, or g1 to g9 "
+                "(the first to ninth generated token), with commas between them."
             )
     if not wanted:
         raise PersonaError("No position was named; use p_user_last, p_last, or g1 to g9.")

@@ -9,7 +9,7 @@ from typing import Any
 
 import yaml
 
-from persona_nnsight.errors import PersonaError
+from persona_nnsight.errors import PersonaError, quoted
 
 _MAX_BYTES = 1024 * 1024
 _MAX_DEPTH = 16  # a grid needs five levels
@@ -55,6 +55,13 @@ class _StrictLoader(yaml.SafeLoader):
             raise _StrictYamlError(
                 "anchors (&) and aliases (*) are not allowed in a grid; write the text out, "
                 "in quotes if it starts with & or *",
+                event.start_mark,
+            )
+        if (tag := getattr(event, "tag", None)) is not None:
+            short = quoted(tag.replace(_TAG, "!!"))
+            raise _StrictYamlError(
+                f"tags such as {short} are not allowed in a grid; write plain texts, lists and "
+                "mappings",
                 event.start_mark,
             )
         if self.depth == _MAX_DEPTH:
@@ -128,8 +135,8 @@ def _plain(node: yaml.Node) -> Any:
 def _not_text(node: yaml.Node) -> str:
     """End the sentence 'the key ...' or 'the value ...' for a node that is not a text."""
     if not isinstance(node, yaml.ScalarNode):
-        return f"is tagged {node.tag!r} or not a text; write plain texts, lists and mappings"
+        return "is not a text; write plain texts, lists and mappings"
     if not node.value:
         return "is missing here; write it, or remove the line"
-    read_as = _READ_AS.get(node.tag, f"tagged {node.tag!r}")
+    read_as = _READ_AS.get(node.tag, "something else")
     return f'{node.value!r} is read by YAML as {read_as}; put it in quotes: "{node.value}"'

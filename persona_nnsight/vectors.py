@@ -17,6 +17,7 @@ import os
 import tempfile
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
+from filecmp import cmp
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -26,6 +27,7 @@ from safetensors.torch import save
 
 from persona_nnsight.errors import PersonaError
 from persona_nnsight.grids import Grid
+from persona_nnsight.runs import check_creatable
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -362,10 +364,10 @@ class Vectors:
 
 
 def check_new(path: Path) -> None:
-    """Refuse the name of a file that exists.
+    """Refuse the name of a file that exists, or that cannot be made.
 
     Raises:
-        PersonaError: `path` exists already.
+        PersonaError: `path` exists already, or is nowhere to write to.
     """
     # A link to nowhere does not exist, but os.replace would put the file in its place.
     if path.exists() or path.is_symlink():
@@ -373,10 +375,13 @@ def check_new(path: Path) -> None:
             f"{str(path)!r} exists already and is not overwritten; choose another name, or remove "
             "it first."
         )
+    check_creatable(path, "choose a path in a directory that you may write to")
 
 
 def write_new(path: str | Path, write: Callable[[Path], object]) -> Path:
     """Write a file that does not exist yet, whole or not at all, and return its path.
+
+    One with the same content may be there: a run that is gone on with writes it again.
 
     Args:
         path: where the file goes; missing directories are made.
@@ -386,12 +391,16 @@ def write_new(path: str | Path, write: Callable[[Path], object]) -> Path:
         PersonaError: `path` exists already, or cannot be written.
     """
     path = Path(path)
-    check_new(path)
+    if not path.is_file():
+        check_new(path)
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
         with tempfile.TemporaryDirectory(prefix=".partial-", dir=path.parent) as directory:
             partial = Path(directory, path.name)
             write(partial)
+            if path.is_file() and cmp(partial, path, shallow=False):
+                return path
+            check_new(path)
             os.replace(partial, path)
     except OSError as error:
         raise PersonaError(

@@ -137,7 +137,8 @@ def test_gemma_2_computes_its_soft_cap(tiny: Tiny, tiny_dir: TinyDir) -> None:
         ({"device": "mps"}, "'mps' is not available"),
         ({"device": "gpu"}, "'gpu' is not known; use auto, cpu, cuda"),
         ({"dtype": "half"}, "'half' is not known; use auto, float32"),
-        ({"attn": "quick"}, "cannot be loaded"),
+        ({"attn": "quick"}, "'quick' is not known; use eager, sdpa"),
+        ({"attn": "flash_attention_2"}, "cannot be loaded"),
         ({"revision": "main"}, "for a hub id only"),
     ],
 )
@@ -202,11 +203,11 @@ def test_broken_directories(tmp_path: Path) -> None:
     (directory / "model.safetensors").write_bytes(b"not safetensors")
     with pytest.raises(PersonaError, match="cannot be loaded"):
         load_model(str(directory))
+    (directory / "tokenizer.json").unlink()
+    with pytest.raises(PersonaError, match="tokenizer"):
+        load_model(str(directory))
     config = json.loads((directory / "config.json").read_text())
     config["model_type"] = "unheard_of"
     (directory / "config.json").write_text(json.dumps(config))
     with pytest.raises(PersonaError, match="cannot be loaded"):
-        load_model(str(directory))
-    (directory / "tokenizer.json").unlink()
-    with pytest.raises(PersonaError, match="tokenizer"):
         load_model(str(directory))

@@ -358,7 +358,7 @@ def test_a_part_that_is_a_pickle(
     fake.scripts = [(("QUEUED", ""), *DONE)]
     assert persona(*run, "--backend", "ndif", "--ndif-host", fake.url, "--detach").code == 0
     pending = json.loads(Path("run/pending.json").read_text())
-    (job,) = pending["jobs"]
+    (job,) = pending["state"]["jobs"]
     job["state"] = "done"
     Path("run/pending.json").write_text(json.dumps(pending))
     Path("run/parts").mkdir(exist_ok=True)

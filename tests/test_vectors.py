@@ -128,7 +128,7 @@ def test_an_existing_file_is_kept(vectors: Vectors, tmp_path: Path) -> None:
 
 def test_an_unwritable_place(vectors: Vectors, tmp_path: Path) -> None:
     (tmp_path / "file").write_text("x")
-    with pytest.raises(PersonaError, match="cannot be written"):
+    with pytest.raises(PersonaError, match="is no directory that you may write to"):
         vectors.save(tmp_path / "file" / "v.safetensors")
 
 

@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import os
 import sys
-from typing import Annotated
+from collections.abc import Sequence
+from itertools import pairwise
+from typing import Annotated, Any
 
 import typer
 
@@ -25,7 +27,7 @@ from persona_cli import (
 )
 from persona_cli.command_line import typed
 from persona_cli.option_groups import expand_groups
-from persona_nnsight.errors import PersonaError
+from persona_nnsight.errors import PersonaError, quoted
 
 app = typer.Typer(
     no_args_is_help=True,
@@ -84,9 +86,41 @@ def main(arguments: list[str] | None = None) -> None:
     # Read by torch when it first allocates: large tensors in large pages, where the system leaves
     # the choice to programs (Linux), save a tenth of a run's time.
     os.environ.setdefault("THP_MEM_ALLOC_ENABLE", "1")
+    words = sys.argv[1:] if arguments is None else arguments
+    typed.set(tuple(words))
     try:
-        typed.set(tuple(sys.argv[1:] if arguments is None else arguments))
-        app(arguments)
+        sys.exit(app(arguments, prog_name="persona", standalone_mode=False) or 0)
     except PersonaError as error:
         print(f"persona: {error}", file=sys.stderr)
         sys.exit(2)
+    except _UsageError as error:
+        if type(error).__name__ != "NoArgsIsHelpError":  # then the help was shown
+            print(f"persona: {_usage(error, words)}", file=sys.stderr)
+        sys.exit(2)
+    except typer.Abort:
+        sys.exit(1)
+
+
+#: What a command line that does not fit the options raises; Typer does not export its name.
+_UsageError: type[Any] = typer.BadParameter.__bases__[0]
+
+
+def _usage(error: Any, words: Sequence[str]) -> str:
+    """What is wrong with the words typed, as one sentence."""
+    message = " ".join(error.format_message().split()).rstrip(".")
+    given = _value_of(getattr(getattr(error, "param", None), "opts", ()), words)
+    context = getattr(error, "ctx", None)
+    command = "persona" if context is None else context.command_path
+    return (
+        f"{message}{'' if given is None else f' (given: {quoted(given)})'}; see `{command} --help`."
+    )
+
+
+def _value_of(names: Sequence[str], words: Sequence[str]) -> str | None:
+    """The value typed last for an option, which Typer's messages leave out."""
+    found = None
+    for word, following in pairwise([*words, ""]):
+        name, equals, value = word.partition("=")
+        if name in names:
+            found = value if equals else following
+    return found

@@ -7,7 +7,7 @@ from typing import Annotated
 
 import typer
 
-from persona_cli.console import note_step
+from persona_cli.console import spinner
 
 
 def report(
@@ -40,7 +40,7 @@ def report(
 
     if out is None and len(runs) > 1:
         out = default_directory("report")
-    note_step("Drawing the figures")
-    page = write_report(runs, out)
+    with spinner("Drawing the figures"):
+        page = write_report(runs, out)
     typer.echo(page)
     typer.echo(page.parent / "figures")

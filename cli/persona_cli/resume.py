@@ -94,7 +94,8 @@ def resume(
             f"The run was started in {origin.cwd!r}, which cannot be entered ({error.strerror}); "
             "paths on its command line are relative to it, so put it back."
         ) from error
-    notes.print(f"persona {shlex.join(origin.argv)}", style="dim", markup=False, soft_wrap=True)
+    if notes.is_terminal:
+        notes.print(f"persona {shlex.join(origin.argv)}", style="dim", markup=False, soft_wrap=True)
     command = context.find_root().command
     code = command.main(again, prog_name="persona", standalone_mode=False)
     raise typer.Exit(code if isinstance(code, int) else 0)

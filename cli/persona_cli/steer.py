@@ -98,7 +98,7 @@ def steer(
     grid = cells.choose()
     given = None if vectors is None else Vectors.load(vectors)
     keep = [name for name in parse_positions(positions) if name in PROMPT_POSITIONS]
-    if save_vectors is not None:
+    if save_vectors is not None and where.resume is None:
         check_new(save_vectors)
         if not keep:
             raise PersonaError(

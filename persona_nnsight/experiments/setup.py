@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterable
 from typing import Any
 
-from persona_nnsight.errors import PersonaError
+from persona_nnsight.errors import PersonaError, quoted
 from persona_nnsight.models import Model
 from persona_nnsight.plan import Edit, Plan
 from persona_nnsight.sites import parse_layers, parse_positions
@@ -29,21 +29,24 @@ def clean_text(generate: int) -> Edit:
 
 
 def checked(plan: Plan, model: Model, text_option: str = "--generate") -> Plan:
-    """Refuse a plan whose longest sequence the model has no positions for.
+    """Refuse a plan with tokens that the model has no embedding or no positions for.
 
     `text_option` is what sets the length of its texts.
     """
+    for prompt in plan.prompts:
+        if max(prompt.ids) >= model.tree.vocab_size:
+            raise PersonaError(
+                f"The tokenizer of {model.weights.spec!r} does not belong to its weights: the "
+                f"prompt {quoted(prompt.text)} has the token id {max(prompt.ids)}, and the model "
+                f"knows 0 to {model.tree.vocab_size - 1}; fetch or copy the model again, whole."
+            )
     longest = max(plan.prompts, key=lambda prompt: len(prompt.ids))
     option = "--window" if plan.reference_tokens >= plan.longest_text else text_option
     tokens = len(longest.ids) + max(plan.reference_tokens, plan.longest_text)
     if tokens > model.tree.max_length:
         raise PersonaError(
-            f"The prompt {_shorten(longest.text)!r} and its continuation take {tokens} tokens and "
+            f"The prompt {quoted(longest.text)} and its continuation take {tokens} tokens and "
             f"this model has room for {model.tree.max_length}; use shorter texts or a smaller "
             f"{option}."
         )
     return plan
-
-
-def _shorten(text: str) -> str:
-    return text if len(text) <= 60 else f"{text[:57]}..."

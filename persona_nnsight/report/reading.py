@@ -9,9 +9,12 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from persona_nnsight.errors import PersonaError
+from persona_nnsight.errors import PersonaError, quoted
 from persona_nnsight.grids import Grid
+from persona_nnsight.manifest import FORMAT
 from persona_nnsight.runs import TEXT_COLUMNS, read_table
+from persona_nnsight.sites import NO_LAYERS, POSITIONS
+from persona_nnsight.weights.model_files import first_line
 
 if TYPE_CHECKING:
     import pandas as pd
@@ -22,7 +25,15 @@ COMMANDS = ("capture", *KL_COMMANDS, "markers", "reproduce")
 #: The parts of a reproduction, in the paper's order.
 PARTS = ("table1", "table2", "table3", "table4")
 
+#: Mappings in ``run.json``; an older run lacks some.
+_OBJECTS = ("model", "backend", "versions", "arguments", "seconds", "grid", "peak_memory_bytes")
+
 _CELL = ("persona", "task")
+#: What a row is about: together they are there once.
+_KEYS = (
+    *(*_CELL, "condition", "control", "host", "position", "layers", "layer"),
+    *("alpha", "beta", "measure"),
+)
 #: Table: the columns it must have; every other column is optional.
 _KL_COLUMNS = {
     "kl": (*_CELL, "condition", "position", "layers", "kl", "n_tokens"),
@@ -45,6 +56,8 @@ _PUBLISHED_COLUMNS = ("condition", "value", "n", "published_model", "published")
 #: written them: a name is letters, digits and a few signs, before it is drawn or told of.
 _NAMES = (*_CELL, "condition", "control", "host", "position", "layers", "measure")
 _NAME = re.compile(r"[A-Za-z0-9_.+-]*")
+
+_ADVICE = "a report needs the table as the run wrote it"
 
 #: Optional columns that hold numbers.
 _NUMBERS = {
@@ -140,6 +153,8 @@ def read_run(directory: Path) -> Run:
         grid = Grid.from_dict(manifest["grid"]) if manifest.get("grid") else None
     except PersonaError as problem:
         raise _damaged(directory, f"its grid is damaged: {problem}") from None
+    for name, table in tables.items():
+        _check_rows(directory / f"{name}.csv", table, grid)
     return Run(directory.absolute().name, manifest, grid, tables, _read_texts(directory))
 
 
@@ -161,7 +176,13 @@ def _read_manifest(directory: Path) -> dict[str, Any]:
     command = manifest.get("command")
     if command not in COMMANDS:
         raise _damaged(directory, f"its command is {command!r}, not one of {', '.join(COMMANDS)}")
-    for name in ("model", "versions", "arguments", "seconds", "grid", "peak_memory_bytes"):
+    version = manifest.get("format", FORMAT)
+    if type(version) is not int or version > FORMAT:
+        raise PersonaError(
+            f"{str(path)!r} is in format {version!r}, and this version reads formats up to "
+            f"{FORMAT}; update persona-nnsight, or run the command again."
+        )
+    for name in _OBJECTS:
         if not isinstance(manifest.get(name, {}), dict | None):
             raise _damaged(directory, f"its {name!r} is no JSON object")
     for name in ("cells", "argv"):
@@ -188,24 +209,25 @@ def _read_into(
     path = directory / f"{name}.csv"
     if needed or path.exists():
         tables[name] = _read_csv(path, columns)
+        if needed and tables[name].empty:
+            raise PersonaError(f"{str(path)!r} has no rows; {_ADVICE}, so run the command again.")
 
 
 def _read_csv(path: Path, columns: Sequence[str]) -> pd.DataFrame:
     import pandas as pd
 
-    advice = "a report needs the table as the run wrote it"
     try:
         table = read_table(path)
     except FileNotFoundError:
         raise PersonaError(
-            f"{str(path)!r} is missing; {advice}, so run the command again."
+            f"{str(path)!r} is missing; {_ADVICE}, so run the command again."
         ) from None
     except (ValueError, OSError) as error:  # pandas' own parser errors are ValueErrors
-        why = str(error).strip().splitlines()[0]
-        raise PersonaError(f"{str(path)!r} cannot be read ({why}); {advice}.") from None
+        why = getattr(error, "strerror", None) or first_line(error)
+        raise PersonaError(f"{str(path)!r} cannot be read ({why}); {_ADVICE}.") from None
     for name in columns:
         if name not in table:
-            raise PersonaError(f"{str(path)!r} has no column {name!r}; {advice}.")
+            raise PersonaError(f"{str(path)!r} has no column {name!r}; {_ADVICE}.")
     for name in table.columns:
         if name in TEXT_COLUMNS:
             # pandas takes layers like 14 for numbers where read_table does not know the column.
@@ -214,7 +236,7 @@ def _read_csv(path: Path, columns: Sequence[str]) -> pd.DataFrame:
                 if name in _NAMES and not _NAME.fullmatch(value):
                     raise PersonaError(
                         f"{str(path)!r} has {value[:60]!r} in row {row}, column {name!r}, where a "
-                        f"name belongs; {advice}."
+                        f"name belongs; {_ADVICE}."
                     )
         elif name in columns or name in _NUMBERS:
             numbers = pd.to_numeric(table[name], errors="coerce")
@@ -222,11 +244,30 @@ def _read_csv(path: Path, columns: Sequence[str]) -> pd.DataFrame:
                 if pd.isna(number) and not pd.isna(value):
                     raise PersonaError(
                         f"{str(path)!r} has {str(value)!r} in row {row}, column {name!r}, where a "
-                        f"number belongs; {advice}."
+                        f"number belongs; {_ADVICE}."
                     )
             if not pd.api.types.is_numeric_dtype(table[name]):
                 table[name] = numbers.astype(float)  # a column without any value
     return table
+
+
+def _check_rows(path: Path, table: pd.DataFrame, grid: Grid | None) -> None:
+    """Refuse rows about what the run does not have, and rows that are there twice."""
+    known = {"position": {*POSITIONS, NO_LAYERS, ""}}  # the latter two where nothing is written
+    if grid is not None:
+        known |= {"persona": set(grid.persona_keys), "task": set(grid.task_keys)}
+    for name, names in known.items():
+        for row, words in enumerate(table.get(name, ()), start=2):
+            for word in words.split("+") if name == "position" else [words]:
+                if word not in names:
+                    raise PersonaError(
+                        f"{str(path)!r} has the {name} {quoted(word)} in row {row}, which the run "
+                        f"does not have; {_ADVICE}."
+                    )
+    repeated = table.duplicated([name for name in _KEYS if name in table])
+    if repeated.any():
+        row = int(repeated.to_numpy().argmax()) + 2
+        raise PersonaError(f"{str(path)!r} repeats an earlier row in row {row}; {_ADVICE}.")
 
 
 def _word(value: object) -> str:
@@ -243,7 +284,8 @@ def _read_texts(directory: Path) -> list[Mapping[str, Any]]:
     except FileNotFoundError:
         return texts
     except (OSError, ValueError) as error:
-        raise PersonaError(f"{str(path)!r} cannot be read ({error}).") from None
+        why = getattr(error, "strerror", None) or first_line(error)
+        raise PersonaError(f"{str(path)!r} cannot be read ({why}).") from None
     for number, line in enumerate(lines, start=1):
         if not line.strip():
             continue
@@ -251,6 +293,8 @@ def _read_texts(directory: Path) -> list[Mapping[str, Any]]:
             text = json.loads(line)
             known = all(isinstance(text[name], str) for name in (*_CELL, "condition", "text"))
             known = known and all(_NAME.fullmatch(str(text.get(name) or "")) for name in _NAMES)
+            known &= isinstance(text.get("position"), str | None)
+            known &= isinstance(text.get("layers"), str | int | None)
         except (ValueError, RecursionError, KeyError, TypeError):
             known = False
         if not known:

@@ -15,7 +15,8 @@ from __future__ import annotations
 
 import difflib
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
@@ -116,7 +117,8 @@ def resolve(
     if spec in ALIASES:
         return _from_embedded(spec, fetch=fetch, notify=tell)
     if path.is_dir():
-        return _from_directory(spec, path, weights=weights)
+        with _readable(spec):
+            return _from_directory(spec, path, weights=weights)
     if path.is_file():
         return _from_gguf(spec, path, fetch=fetch, notify=tell)
     raise PersonaError(f"No such file or directory: {spec!r}; a model is {FORMS}.")
@@ -140,12 +142,13 @@ def _from_embedded(spec: str, *, fetch: bool, notify: Callable[[str], None]) -> 
 
 def _from_gguf(spec: str, path: Path, *, fetch: bool, notify: Callable[[str], None]) -> Weights:
     """Resolve a GGUF file, converting it the first time its content is met."""
-    with path.open("rb") as file:
-        magic = file.read(4)
+    with _readable(spec):
+        with path.open("rb") as file:
+            magic = file.read(4)
+        digest = model_files.file_sha256(path) if magic == gguf_convert.MAGIC else ""
     if magic != gguf_convert.MAGIC:
         kind = "no GGUF file (it does not start with the letters GGUF)"
         raise PersonaError(f"{spec!r} is a file but {kind}; a model is {FORMS}.")
-    digest = model_files.file_sha256(path)
     record = {"id": path.name, "source": path.name, "gguf_sha256": digest}
     target = _models_dir() / f"gguf-{digest[:12]}"
     if not fetch and not gguf_convert.read_marker(target):
@@ -154,6 +157,18 @@ def _from_gguf(spec: str, path: Path, *, fetch: bool, notify: Callable[[str], No
         )
     gguf_convert.convert(path, target, record=record, notify=notify)
     return Weights(spec, str(target), path.name, model_files.slug(path.name), sha256=digest)
+
+
+@contextmanager
+def _readable(spec: str) -> Iterator[None]:
+    """Say in one sentence that files of the user's cannot be read."""
+    try:
+        yield
+    except OSError as error:
+        raise PersonaError(
+            f"The files of {spec!r} cannot be read ({error.strerror or error}); check that they "
+            "are yours to read, and the disk they are on."
+        ) from error
 
 
 def _from_directory(spec: str, path: Path, *, weights: bool) -> Weights:
@@ -169,6 +184,11 @@ def _from_directory(spec: str, path: Path, *, weights: bool) -> Weights:
         elif pickle := model_files.pickled(file.name for file in path.iterdir()):
             hint = f"{pickle} is a pickle, which is never loaded; {hint}"
         raise PersonaError(f"{spec!r} is no model directory, it lacks {lacking}; {hint}.")
+    if damaged := model_files.unreadable(path):
+        raise PersonaError(
+            f"The {damaged} of {spec!r} is no JSON object, so it is damaged or not saved as UTF-8; "
+            "fetch or copy the model again."
+        )
     digest = model_files.fingerprint(path)
     return Weights(spec, str(path), path.name, model_files.slug(path.name), sha256=digest)
 

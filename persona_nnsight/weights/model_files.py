@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import re
 from collections.abc import Iterable
 from pathlib import Path, PurePosixPath
 
@@ -26,6 +27,8 @@ PICKLES = ("pytorch_model.bin", "pytorch_model.bin.index.json")
 #: Code (.py) is fetched with the rest, and runs only where `load_model` is told to trust it.
 _SMALL_SUFFIXES = (".json", ".jinja", ".model", ".txt", ".tiktoken", ".py")
 _VOCABULARIES = ("tokenizer.json", "*.model", "vocab.*", "*.tiktoken")
+
+_ERROR_CLASS = re.compile(r"^\w*(Error|Exception): ")
 
 _WHOLE_FILE_LIMIT = 64 * 2**20
 _BLOCKS, _BLOCK_BYTES = 64, 16 * 2**10
@@ -81,6 +84,22 @@ def code_references(directory: Path) -> set[str]:
             several = entry if isinstance(entry, list) else [entry]
             found.update(each for each in several if isinstance(each, str))
     return found
+
+
+def unreadable(directory: Path) -> str | None:
+    """Name the first configuration file that is there and is no JSON object, or return None.
+
+    transformers passes over a damaged generation_config.json, and with it the end tokens.
+    """
+    for name in (CONFIG, "generation_config.json"):
+        try:
+            if not isinstance(json.loads((directory / name).read_text("utf-8")), dict):
+                return name
+        except FileNotFoundError:
+            continue
+        except (OSError, ValueError, RecursionError):
+            return name
+    return None
 
 
 def has_vocabulary(directory: Path) -> bool:
@@ -169,8 +188,16 @@ def first_line(error: BaseException) -> str:
 
     >>> first_line(ValueError("no such thing.\\nSee above.")), first_line(TimeoutError())
     ('no such thing', 'TimeoutError')
+    >>> first_line(KeyError("metadata")), first_line(ValueError("field x:\\n  TypeError: no int"))
+    ("unknown name 'metadata'", 'field x: no int')
     """
-    return (str(error).strip().splitlines() or [type(error).__name__])[0].rstrip(".")
+    if isinstance(error, KeyError):
+        return f"unknown name {error}"
+    lines = str(error).strip().splitlines() or [type(error).__name__]
+    first = lines[0].strip()
+    if first.endswith(":") and len(lines) > 1:
+        first = f"{first} {_ERROR_CLASS.sub('', lines[1].strip())}"
+    return first.rstrip(".:")
 
 
 def human_size(size: int) -> str:
