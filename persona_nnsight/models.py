@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
@@ -21,6 +22,7 @@ if TYPE_CHECKING:
 DEFAULT_MODEL = ALIAS
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
+_CUDA = re.compile(r"cuda(?::(0|[1-9][0-9]{0,3}))?")
 
 
 @dataclass(frozen=True)
@@ -111,12 +113,12 @@ def _device(device: str) -> str:
         return "mps" if torch.backends.mps.is_available() else "cpu"
     if device == "cpu":
         return device
-    kind, _, index = device.partition(":")
-    if device == "balanced" or (kind == "cuda" and (not index or index.isdigit())):
+    cuda = _CUDA.fullmatch(device)
+    if device == "balanced" or cuda:
         count = torch.cuda.device_count()
         if count == 0:
             raise PersonaError(f"Device {device!r} needs a CUDA GPU and there is none; use cpu.")
-        if index and int(index) >= count:
+        if cuda and int(cuda[1] or 0) >= count:
             raise PersonaError(
                 f"Device {device!r} does not exist: there are {count} GPUs, cuda:0 to "
                 f"cuda:{count - 1}."

@@ -105,6 +105,8 @@ def resolve(
     """
     tell = notify or (lambda _: None)
     spec = spec.strip()
+    if "\0" in spec:  # which no system call takes
+        raise PersonaError(f"No such file or directory: {spec!r}; a model is {FORMS}.")
     path = Path(os.path.expanduser(spec))
     if spec not in ALIASES and not _is_path(spec, path):
         return _from_hub(spec, revision, fetch=fetch, weights=weights, notify=tell)
