@@ -117,9 +117,15 @@ def resolve(
         )
     if spec in ALIASES:
         return _from_embedded(spec, fetch=fetch, notify=tell)
-    if path.is_dir():
+    try:
+        is_directory, is_file = path.is_dir(), path.is_file()
+    except OSError as problem:  # too long a name, or a directory that is closed to us
+        raise PersonaError(
+            f"{spec!r} cannot be read ({problem.strerror}); a model is {FORMS}."
+        ) from None
+    if is_directory:
         return _from_directory(spec, path, weights=weights)
-    if path.is_file():
+    if is_file:
         return _from_gguf(spec, path, fetch=fetch, notify=tell)
     raise PersonaError(f"No such file or directory: {spec!r}; a model is {FORMS}.")
 
