@@ -206,7 +206,7 @@ class _Script:
                 if key not in personas:
                     raise PersonaError(
                         f"{source} has markers for {key!r}, which is not a persona; "
-                        f"the personas are {', '.join(map(str, personas))}"
+                        f"the personas are {', '.join(map(repr, personas))}"
                     )
                 if not _is_words(words):
                     raise PersonaError(

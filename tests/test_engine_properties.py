@@ -132,7 +132,8 @@ def plans(draw: DrawFn, model: Model, grid: Grid) -> Plan:
             )
         case "inject":
             sets = "; ".join(
-                ",".join(map(str, chosen)) for chosen in draw(st.lists(layers, min_size=1, max_size=2))
+                ",".join(map(str, chosen))
+                for chosen in draw(st.lists(layers, min_size=1, max_size=2))
             )
             return plan_inject(
                 model, grid, layers=sets, each=draw(st.booleans()), window=window, generate=generate
@@ -158,7 +159,7 @@ LIMITS = st.builds(
 )
 
 
-@settings(max_examples=30, phases=[Phase.explicit, Phase.generate])
+@settings(max_examples=20, phases=[Phase.explicit, Phase.generate])
 @given(shape=shapes(), grid=grids(), limits=LIMITS, data=st.data())
 def test_every_number_is_the_oracles(
     shape: Shape, grid: Grid, limits: Limits, data: DataObject
@@ -178,7 +179,11 @@ def test_every_number_is_the_oracles(
 
 
 def some(n: int, most: int) -> st.SearchStrategy[set[int]]:
-    return st.sets(st.integers(0, n - 1), min_size=min(n, most), max_size=most) if n else st.just(set())
+    return (
+        st.sets(st.integers(0, n - 1), min_size=min(n, most), max_size=most)
+        if n
+        else st.just(set())
+    )
 
 
 @dataclass(frozen=True)

@@ -4,12 +4,13 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from functools import cache
+from typing import Any
 
 import pytest
 from fuzz import checks
 from fuzz.damage import ODD_WORDS, spoilt_bytes, spoilt_csv, spoilt_json_file, spoilt_safetensors
 from fuzz.samples import GRID, PENDING, SCRIPT, run_files
-from hypothesis import example, given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 from hypothesis.strategies import DataObject, SearchStrategy
 
@@ -57,6 +58,29 @@ def test_expressions(name: str, data: DataObject) -> None:
     check(data.draw(texts))
 
 
+@pytest.mark.parametrize(
+    ("check", "text"),
+    [
+        (checks.check_budget, "9" * 400 + "GB"),
+        (checks.check_budget, "0.0000001MB"),
+        (checks.check_device, "cuda:²"),
+        (checks.check_device, "cuda:"),
+        (checks.check_model_spec, "~a\0b"),
+        (checks.check_model_spec, "/" + "9" * 400),
+        (checks.check_model_spec, "e" * 96 + "/t"),
+    ],
+    ids=str,
+)
+def test_expressions_that_were_not_refused(check: Callable[[str], None], text: str) -> None:
+    check(text)
+
+
+@pytest.mark.parametrize("factors", [10**400, [10**400], ["x"], [None]], ids=repr)
+def test_factors_that_are_no_numbers(factors: Any) -> None:
+    with pytest.raises(PersonaError, match="write numbers as"):
+        parse_factors(factors, "--alpha")
+
+
 WORDS = st.text(alphabet="ab -İıςΣſßﬁK\u0307_é.", min_size=1, max_size=6) | st.text(
     min_size=1, max_size=6
 )
@@ -73,7 +97,9 @@ def test_markers(text: str, markers: list[str]) -> None:
 YAML = GRID.to_yaml().encode()
 
 
-@given(st.binary(max_size=60) | st.text(max_size=60).map(lambda text: text.encode("utf-8", "replace")))
+@given(
+    st.binary(max_size=60) | st.text(max_size=60).map(lambda text: text.encode("utf-8", "replace"))
+)
 def test_any_bytes_as_a_grid_or_a_script(raw: bytes) -> None:
     checks.check_grid(raw)
     checks.check_script(raw)
@@ -96,7 +122,8 @@ KEYS = st.text(alphabet="aZ0_.-", min_size=1, max_size=3) | st.sampled_from(
             "name": KEYS,
             "personas": st.dictionaries(
                 KEYS,
-                TEXTS | st.fixed_dictionaries({"text": TEXTS, "markers": st.lists(TEXTS, max_size=2)}),
+                TEXTS
+                | st.fixed_dictionaries({"text": TEXTS, "markers": st.lists(TEXTS, max_size=2)}),
                 max_size=3,
             ),
             "tasks": st.dictionaries(KEYS, TEXTS, max_size=3),
@@ -115,6 +142,16 @@ def test_a_grid_of_any_texts_survives_its_file(data: dict[str, object]) -> None:
 @given(spoilt_bytes(SCRIPT))
 def test_a_spoilt_script(raw: bytes) -> None:
     checks.check_script(raw)
+
+
+def test_a_refusal_of_a_key_with_a_line_break_is_one_line() -> None:
+    checks.check_script(SCRIPT.replace(b'"yoda": "Yo"', b'"yo\\nda": "Yo"'))
+
+
+@pytest.mark.parametrize("entry", [b"'a': 0x%s + 1j", b"0x%s: 'a'", b"'a': x + 0x%s"], ids=str)
+def test_a_script_with_a_huge_number(entry: bytes) -> None:
+    personas = entry % (b"F" * 4000)
+    checks.check_script(b"PERSONAS = {%s, 'b': 'c'}\nTASKS = {'a': 'b'}" % personas)
 
 
 @pytest.mark.parametrize("command", ["capture", "steer", "markers"])

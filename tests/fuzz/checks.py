@@ -43,11 +43,12 @@ _GRID = Grid.from_dict({"name": "g", "personas": {"a": "A", "b": "B"}, "tasks": 
 @contextmanager
 def refused() -> Iterator[None]:
     """Let a PersonaError of one line pass, and nothing else."""
+    said = "nothing, which is fine"
     try:
         yield
     except PersonaError as refusal:
-        assert str(refusal).strip()
-        assert len(str(refusal).splitlines()) == 1, str(refusal)
+        said = str(refusal)
+    assert len(said.splitlines()) == 1, said
 
 
 def check_layers(text: str, n_layers: int) -> None:

@@ -60,7 +60,9 @@ def spoilt_json(draw: DrawFn, data: Any) -> Any:
     for _ in range(draw(st.integers(1, 3))):
         node = data
         while isinstance(node, dict | list) and node:
-            key = draw(st.sampled_from(sorted(node) if isinstance(node, dict) else range(len(node))))
+            key = draw(
+                st.sampled_from(sorted(node) if isinstance(node, dict) else range(len(node)))
+            )
             if isinstance(node[key], dict | list) and node[key] and draw(st.booleans()):
                 node = node[key]
                 continue

@@ -20,13 +20,13 @@ GRID = Grid.from_dict(
     }
 )
 
-SCRIPT = b'''
+SCRIPT = b"""
 PERSONAS: dict[str, str] = {"baseline": "someone", "yoda": "Yo" + "da", "chef": {"text": "a chef"}}
 TASKS = dict(haiku="write a haiku.", plan=["make a plan", "x"])
 PERSONA_MARKERS = {"yoda": ["force", "hmm"]}
 base_task = "give some advice."
 def f(x): return {"a": x}
-'''
+"""
 
 PENDING = json.dumps(
     {
