@@ -281,7 +281,8 @@ class Oracle:
             return h["BB"] + edit.alpha * persona + edit.beta * task
         if edit.condition == "random":
             noise = seeded_noise(self.plan.cells[cell].seed, position, layer, len(h["BB"]))
-            return h["BB"] + noise * ((h["XY"] - h["BB"]).norm() / noise.norm())
+            drawn: Tensor = h["BB"] + noise * ((h["XY"] - h["BB"]).norm() / noise.norm())
+            return drawn
         same = {"oracle": "clean", "cached": "additive"}
         assert edit.condition in {*SUBSTITUTE_CONDITIONS, *INJECT_CONDITIONS}
         return vector(same.get(edit.condition, edit.condition), h)

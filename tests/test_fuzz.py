@@ -14,6 +14,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from hypothesis.strategies import DataObject, SearchStrategy
 
+from persona_nnsight import Grid
 from persona_nnsight.conditions import SUBSTITUTE_CONDITIONS
 from persona_nnsight.errors import PersonaError
 from persona_nnsight.experiments.steer import parse_factors
@@ -136,7 +137,7 @@ KEYS = st.text(alphabet="aZ0_.-", min_size=1, max_size=3) | st.sampled_from(
 )
 def test_a_grid_of_any_texts_survives_its_file(data: dict[str, object]) -> None:
     with checks.refused():
-        checks.assert_grid(checks.Grid.from_dict(data))
+        checks.assert_grid(Grid.from_dict(data))
 
 
 @given(spoilt_bytes(SCRIPT))
