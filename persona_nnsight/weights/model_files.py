@@ -51,7 +51,7 @@ def _missing_weights(directory: Path) -> str | None:
         return None
     try:
         shards = set(json.loads((directory / found).read_text("utf-8"))["weight_map"].values())
-    except (OSError, ValueError, KeyError, TypeError, AttributeError):
+    except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError):
         return f"a readable {found}"
     absent = sorted(shard for shard in shards if not (directory / shard).is_file())
     return f"{absent[0]} ({len(absent)} of {len(shards)} shards)" if absent else None
