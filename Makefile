@@ -4,8 +4,9 @@ VENV := .venv
 BIN := $(VENV)/bin
 MODEL := smollm2-135m
 TOOLS := build/tools
+SECONDS := 600
 
-.PHONY: demo test test-slow test-ndif bench ndif-server ndif-server-down example readme audit sbom clean
+.PHONY: demo test test-slow test-ndif fuzz bench ndif-server ndif-server-down example readme audit sbom clean
 
 ## Fetch the embedded model and run the main experiment on it.
 demo: $(VENV)/installed
@@ -28,6 +29,11 @@ test-slow: $(VENV)/tested
 ## Run the commands on a real NDIF server, which this installs, starts and stops.
 test-ndif: $(VENV)/tested
 	HF_HUB_OFFLINE=1 $(BIN)/python -m pytest -m ndif
+
+## Fuzz whatever reads a text or a file for SECONDS, guided by coverage (Linux).
+fuzz: $(VENV)/tested
+	$(BIN)/python -m pip install -q atheris
+	$(BIN)/python tests/fuzz $(SECONDS)
 
 ## Time the published procedure and ours, and draw what the cost grows with. BENCH: its options.
 bench: $(VENV)/tested

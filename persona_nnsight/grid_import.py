@@ -32,6 +32,8 @@ __all__ = ["grid_from_script"]
 _TEXT_FIELDS = ("text", "description", "prompt")
 _BASELINE_KEYS = ("baseline", "base")
 _MUTATORS = ("update", "setdefault", "pop", "popitem", "clear")
+#: A key that is a larger number is a mistake, and Python may refuse to write it in a message.
+_MOST_BITS = 64
 _KEEP_ONE = "keep one of them in a copy of the script, or rename the others"
 
 
@@ -78,9 +80,12 @@ class _Assignment(NamedTuple):
         try:
             return _literal(self.node)
         except _NotLiteralError as problem:
-            source = ast.unparse(problem.node)[:60]
+            try:
+                source = repr(ast.unparse(problem.node)[:60])
+            except ValueError:  # Python writes no numbers of thousands of digits
+                source = "a huge number"
             raise PersonaError(
-                f"line {problem.node.lineno}: {self.name} holds {source!r}, "
+                f"line {problem.node.lineno}: {self.name} holds {source}, "
                 "which is not a plain literal; the script is read and not run, so write it out"
             ) from None
 
@@ -201,7 +206,7 @@ class _Script:
                 if key not in personas:
                     raise PersonaError(
                         f"{source} has markers for {key!r}, which is not a persona; "
-                        f"the personas are {', '.join(map(str, personas))}"
+                        f"the personas are {', '.join(map(repr, personas))}"
                     )
                 if not _is_words(words):
                     raise PersonaError(
@@ -283,6 +288,8 @@ def _literal(node: ast.expr) -> Any:
         for key, value in zip(node.keys, node.values, strict=True):
             if not isinstance(key, ast.Constant):  # a computed key, or None in {**other}
                 raise _NotLiteralError(key or value)
+            if isinstance(key.value, int) and key.value.bit_length() > _MOST_BITS:
+                raise _NotLiteralError(key)
             pairs[key.value] = _literal(value)
         return pairs
     if _is_dict_call(node):
@@ -296,7 +303,7 @@ def _literal(node: ast.expr) -> Any:
         return text
     try:
         return ast.literal_eval(node)
-    except (ValueError, TypeError):
+    except (ValueError, TypeError, OverflowError):
         raise _NotLiteralError(node) from None
 
 
@@ -336,11 +343,11 @@ def _with_grid_keys(entries: dict[Any, dict[str, Any]], role: str) -> dict[str, 
     """Replace keys that a grid cannot have by slugs, numbered where two would be the same."""
     valid = {key for key in entries if isinstance(key, str) and is_key(key)}
     renamed: dict[str, dict[str, Any]] = {}
+    numbers: dict[str, int] = {}
     for key, entry in entries.items():
         name = base = key if key in valid else slug(str(key), role)
-        number = 1
         while name in renamed or (key not in valid and name in valid):
-            number += 1
-            name = f"{base}-{number}"
+            numbers[base] = numbers.get(base, 1) + 1
+            name = f"{base}-{numbers[base]}"
         renamed[name] = entry
     return renamed

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
@@ -25,6 +26,7 @@ DEFAULT_MODEL = ALIAS
 ATTENTION = ("eager", "sdpa", "flash_attention_2", "flash_attention_3")
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
+_CUDA = re.compile(r"cuda(?::(0|[1-9][0-9]{0,3}))?")
 
 
 @dataclass(frozen=True)
@@ -136,13 +138,12 @@ def _device(device: str) -> str:
         return "mps" if torch.backends.mps.is_available() else "cpu"
     if device == "cpu":
         return device
-    kind, _, index = device.partition(":")
-    number = index.isascii() and index.isdigit()
-    if device == "balanced" or (kind == "cuda" and (not index or number)):
+    cuda = _CUDA.fullmatch(device)
+    if device == "balanced" or cuda:
         count = torch.cuda.device_count()
         if count == 0:
             raise PersonaError(f"Device {device!r} needs a CUDA GPU and there is none; use cpu.")
-        if index and int(index) >= count:
+        if cuda and int(cuda[1] or 0) >= count:
             raise PersonaError(
                 f"Device {device!r} does not exist: there are {count} GPUs, cuda:0 to "
                 f"cuda:{count - 1}."

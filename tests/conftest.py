@@ -12,12 +12,20 @@ from functools import cache
 from pathlib import Path
 
 import pytest
+from hypothesis import HealthCheck, settings
 from ndif_server import NdifServer
 from persona_cli.app import main
 from reference import Reference
 from tiny import make_model_dir
 
 from persona_nnsight import Grid, Model, load_model
+
+# The same examples every time, on a machine of any speed; `--hypothesis-profile=explore` draws
+# many others.
+_ANY_SPEED = settings(deadline=None, database=None, suppress_health_check=[HealthCheck.too_slow])
+settings.register_profile("repeatable", _ANY_SPEED, derandomize=True)
+settings.register_profile("explore", _ANY_SPEED, max_examples=3000)
+settings.load_profile("repeatable")
 
 TINY_GRID = Grid.from_dict(
     {

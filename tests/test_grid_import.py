@@ -169,7 +169,7 @@ def test_declared_encoding_is_honoured_and_warnings_are_not_shown(
         (P + T + "PERSONAS |= {'c': 'x'}\n", ["line 3: PERSONAS is changed"]),
         (P + T + "del PERSONAS['a']\n", ["line 3: PERSONAS is changed"]),
         (P + T + "if quick:\n    TASKS = {'t': 'x'}\n", ["line 4: TASKS is changed"]),
-        (P + T + "MARKERS = {'c': ['x']}\n", ["MARKERS (line 3)", "'c'", "personas are a, b"]),
+        (P + T + "MARKERS = {'c': ['x']}\n", ["MARKERS (line 3)", "'c'", "personas are 'a', 'b'"]),
         (P + T + "MARKERS = {'a': 'x'}\n", ["MARKERS (line 3)", "'a' a list of strings"]),
         (P + T + "MARKERS = {'a': ['x']}\nMARKERS_B = {'a': ['y']}\n", ["hold the markers"]),
         (P + T + "MARKERS = {'a': words}\n", ["line 3: MARKERS holds 'words'"]),

@@ -234,7 +234,12 @@ def _gpt2() -> PreTrainedModel:
     return _build(
         GPT2LMHeadModel,
         GPT2Config(
-            vocab_size=VOCAB_SIZE, n_positions=1024, n_embd=32, n_layer=N_LAYERS, n_head=4, **_IDS
+            vocab_size=VOCAB_SIZE,
+            n_positions=1024,
+            n_embd=_TEXT["hidden_size"],
+            n_layer=N_LAYERS,
+            n_head=_TEXT["num_attention_heads"],
+            **_IDS,
         ),
     )
 

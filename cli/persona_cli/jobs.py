@@ -61,7 +61,7 @@ def _finished(directory: Path) -> tuple[str, list[dict[str, Any]]] | None:
         raise PersonaError(
             f"The run in {str(directory)!r} had no jobs: it was made on one machine."
         ) from None
-    except (OSError, ValueError, AttributeError, TypeError) as error:
+    except (OSError, ValueError, AttributeError, TypeError, RecursionError) as error:
         raise PersonaError(
             f"{str(path)!r} cannot be read ({error}); is it a run of ours?"
         ) from error

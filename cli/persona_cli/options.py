@@ -306,13 +306,16 @@ class BackendOptions:
                 f"--memory-budget is for --backend local, and jobs of --backend {self.name} see to "
                 "their own memory; leave it out."
             )
-        size = re.fullmatch(r"(\d+(?:\.\d+)?)\s*([MG])B", self.memory_budget.strip(), re.IGNORECASE)
-        if size is None or not float(size[1]):
+        text = self.memory_budget.strip()
+        size = re.fullmatch(r"(\d{1,9}(?:\.\d{1,9})?)\s*([MG])B", text, re.IGNORECASE)
+        unit = {"m": 10**6, "g": 10**9}
+        found = 0 if size is None else int(float(size[1]) * unit[size[2].lower()])
+        if not found:
             raise PersonaError(
                 f"Memory budget {self.memory_budget!r} is not a size; use a number with MB or GB, "
                 "such as 500MB or 8GB."
             )
-        return int(float(size[1]) * {"m": 10**6, "g": 10**9}[size[2].lower()])
+        return found
 
 
 @dataclass(frozen=True)

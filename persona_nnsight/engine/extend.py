@@ -87,7 +87,7 @@ def extend(chunk: Chunk, recorded: Record, key: str) -> HostRun:
         return HostRun(key, ids, opening, kv, residuals, None)
     for cell, length in enumerate(recorded.lengths.tolist()):
         if logprobs[cell, :length].isnan().any():
-            raise output_not_finite(chunk, key, cell, recorded.continuations)
+            raise output_not_finite(chunk, key, cell, recorded.continuations[cell])
     return HostRun(key, ids, opening, kv, residuals, Clean(logprobs, logprobs.exp()))
 
 

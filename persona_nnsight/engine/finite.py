@@ -29,18 +29,23 @@ def residual_not_finite(
     return not_finite(what, f"at layer {layer}, position {position}", chunk.dtype)
 
 
-def output_not_finite(chunk: Chunk, key: str, cell: int, continuations: Tensor) -> PersonaError:
+def overflowed(logits: Tensor) -> Tensor:
+    """Whether a row holds NaN or +inf (-inf is how models forbid a token), bool [rows]."""
+    return (~(logits < torch.inf)).any(-1)
+
+
+def output_not_finite(chunk: Chunk, key: str, cell: int, continuation: Tensor) -> PersonaError:
     """The error for logits of an unedited run: finds the residual they overflowed in.
 
     Args:
         chunk: the chunk.
         key: the prompt.
         cell: the cell within the chunk.
-        continuations: the tokens that follow its prompts, int [cells, n].
+        continuation: the tokens that follow the prompt, int [n].
     """
     lm, layers = chunk.lm, chunk.layers
     rows = chunk.rows([chunk.cells[cell].prompts[key]])
-    ids = torch.cat([chunk.prefix.tails[rows], continuations[cell : cell + 1, :-1]], dim=1)
+    ids = torch.cat([chunk.prefix.tails[rows], continuation[None, :-1]], dim=1)
     with lm.trace(**forward_inputs(chunk.prefix.kv.select(rows), ids)):
         finite = nnsight.save([])
         for envoy in layers:
@@ -54,9 +59,22 @@ def output_not_finite(chunk: Chunk, key: str, cell: int, continuations: Tensor) 
     return not_finite(what, f"after layer {len(finite) - 1}", chunk.dtype)
 
 
-def edited_not_finite(chunk: Chunk, cell: int, edit: int) -> PersonaError:
-    """The error for logits of an edited run."""
+def geometry_not_finite(
+    chunk: Chunk, name: str, cell: int, layer: int, position: str
+) -> PersonaError:
+    """The error for a measure that overflowed although the residuals did not."""
+    what = f"The geometry {name!r} of cell {_name(chunk, cell)}"
+    return not_finite(what, f"at layer {layer}, position {position}", chunk.dtype)
+
+
+def edited_not_finite(chunk: Chunk, cell: int, edit: int, continuation: Tensor) -> PersonaError:
+    """The error for logits of the run of an edit on the chunk's `cell`.
+
+    An edit that writes nothing is an unedited run of its host, on `continuation`, int [n].
+    """
     chosen = chunk.plan.edits[edit]
+    if not chosen.layers:
+        return output_not_finite(chunk, chosen.host, cell, continuation)
     what = f"The output of cell {_name(chunk, cell)} under {chosen.condition!r}"
     layers, positions = "+".join(map(str, chosen.layers)), "+".join(chosen.positions)
     return not_finite(what, f"after the edit at layer {layers}, position {positions}", chunk.dtype)

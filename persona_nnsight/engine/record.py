@@ -11,7 +11,12 @@ from torch import Tensor
 
 from persona_nnsight.conditions import RESIDUAL_KEYS
 from persona_nnsight.engine.chunk import Chunk
-from persona_nnsight.engine.finite import output_not_finite, residual_not_finite
+from persona_nnsight.engine.finite import (
+    geometry_not_finite,
+    output_not_finite,
+    overflowed,
+    residual_not_finite,
+)
 from persona_nnsight.engine.inputs import forward_inputs, last_tokens, prompt_inputs
 from persona_nnsight.engine.kv_cache import KVCache
 from persona_nnsight.geometry import decompose
@@ -128,7 +133,7 @@ def _decode(chunk: Chunk) -> tuple[Tensor, Tensor, _Sites]:
         broken = nnsight.save([])
         for step in tracer.iter[: plan.reference_tokens]:
             _read(chunk, _Sites(residuals, normed), where[step])
-            broken.append(_overflowed(lm.output.logits[:, -1]))
+            broken.append(overflowed(lm.output.logits[:, -1]))
         ids = nnsight.save(tracer.result)
     sites = _Sites(residuals, normed)
     return ids[:, -plan.reference_tokens :], torch.stack(list(broken), dim=1), sites
@@ -204,7 +209,7 @@ def public_geometry(chunk: Chunk, recorded: Record) -> dict[str, Tensor]:
 
 
 def _check_finite(chunk: Chunk, recorded: Record, broken: Tensor) -> None:
-    """Refuse residuals that are not finite, and continuations from logits that overflowed.
+    """Refuse residuals and geometry that are not finite, and tokens from logits that overflowed.
 
     `broken` says which logits are: bool [cells, reference_tokens].
     """
@@ -216,14 +221,15 @@ def _check_finite(chunk: Chunk, recorded: Record, broken: Tensor) -> None:
             cell, position, layer = bad[0].tolist()
             layer, name = plan.layers[layer], plan.positions[position]
             raise residual_not_finite(chunk, key, cell, layer, name)
+    for name, measure in recorded.geometry.items():
+        bad = (~measure.isfinite() & exists).nonzero()
+        if len(bad):
+            cell, position, layer = bad[0].tolist()
+            at = plan.layers[layer], plan.positions[position]
+            raise geometry_not_finite(chunk, name, cell, *at)
     for cell, length in enumerate(recorded.lengths.tolist()):
         if broken[cell, :length].any():
-            raise output_not_finite(chunk, "XY", cell, recorded.continuations)
-
-
-def _overflowed(logits: Tensor) -> Tensor:
-    """Whether a row holds NaN or +inf (-inf is how models forbid a token), bool [rows]."""
-    return (~(logits < torch.inf)).any(-1)
+            raise output_not_finite(chunk, "XY", cell, recorded.continuations[cell])
 
 
 def lengths_to_eos(tokens: Tensor, eos_ids: tuple[int, ...]) -> Tensor:

@@ -81,7 +81,7 @@ def score(
     results = list(zip(kl.tolist(), n_tokens.tolist(), strict=True))
     for (cell, index), (value, count) in zip(batch, results, strict=True):
         if count and not math.isfinite(value):
-            raise edited_not_finite(chunk, cell, index)
+            raise edited_not_finite(chunk, cell, index, recorded.continuations[cell])
     return results
 
 

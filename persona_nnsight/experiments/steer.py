@@ -43,7 +43,10 @@ def parse_factors(factors: Factors, name: str) -> tuple[float, ...]:
     if isinstance(factors, str):
         found = [value for term in factors.split(",") for value in _factor_term(term, name)]
     else:
-        found = [float(f) for f in ([factors] if isinstance(factors, int | float) else factors)]
+        try:
+            found = [float(f) for f in ([factors] if isinstance(factors, int | float) else factors)]
+        except (TypeError, ValueError, OverflowError):
+            found = []
     if not found or not all(map(math.isfinite, found)):
         raise PersonaError(f"{name} is {factors!r}; {_ALLOWED_FACTORS}.")
     return tuple(dict.fromkeys(found))

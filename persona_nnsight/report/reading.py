@@ -228,6 +228,10 @@ def _read_csv(path: Path, columns: Sequence[str]) -> pd.DataFrame:
     for name in columns:
         if name not in table:
             raise PersonaError(f"{str(path)!r} has no column {name!r}; {_ADVICE}.")
+    if not isinstance(table.index, pd.RangeIndex):  # pandas' way to take one value too many
+        raise PersonaError(
+            f"{str(path)!r} has rows with more values than its first line has names; {_ADVICE}."
+        )
     for name in table.columns:
         if name in TEXT_COLUMNS:
             # pandas takes layers like 14 for numbers where read_table does not know the column.

@@ -106,6 +106,8 @@ def resolve(
     """
     tell = notify or (lambda _: None)
     spec = spec.strip()
+    if "\0" in spec:  # which no system call takes
+        raise PersonaError(f"No such file or directory: {spec!r}; a model is {FORMS}.")
     path = Path(os.path.expanduser(spec))
     if spec not in ALIASES and not _is_path(spec, path):
         return _from_hub(spec, revision, fetch=fetch, weights=weights, notify=tell)
@@ -116,10 +118,12 @@ def resolve(
         )
     if spec in ALIASES:
         return _from_embedded(spec, fetch=fetch, notify=tell)
-    if path.is_dir():
+    with _readable(spec):
+        is_directory, is_file = path.is_dir(), path.is_file()
+    if is_directory:
         with _readable(spec):
             return _from_directory(spec, path, weights=weights)
-    if path.is_file():
+    if is_file:
         return _from_gguf(spec, path, fetch=fetch, notify=tell)
     raise PersonaError(f"No such file or directory: {spec!r}; a model is {FORMS}.")
 

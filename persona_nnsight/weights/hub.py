@@ -50,7 +50,7 @@ def is_id(spec: str) -> bool:
     (True, False, False)
     """
     forbidden = ".." in spec or "--" in spec or spec.endswith(".git")
-    return bool(_ID.fullmatch(spec)) and not forbidden
+    return bool(_ID.fullmatch(spec)) and len(spec) <= 96 and not forbidden
 
 
 def cache() -> Path:
