@@ -132,6 +132,11 @@ class _Gathered:
             for event in self.recorded
             for cell, tokens in zip(event.cells, event.continuations, strict=True)
         }
+        margins = {
+            cell: min(each)
+            for event in self.recorded
+            for cell, each in zip(event.cells, event.margins, strict=True)
+        }
         cells = sorted(continuations)
         geometry = self._geometry()
         common: dict[str, Any] = {
@@ -140,6 +145,7 @@ class _Gathered:
             "plan": self.plan,
             "cost": cost,
             "continuations": {cell: continuations[cell] for cell in cells},
+            "margins": margins,
             "geometry": geometry_table(self.plan, cells, geometry),
             "texts": [_text(self.model, self.plan, text) for text in texts],
             "seconds": seconds,

@@ -63,6 +63,7 @@ class JointPlan:
         return Recorded(
             cells=tuple(mine[event.cells[row]] for row in rows),
             continuations=tuple(event.continuations[row][: plan.reference_tokens] for row in rows),
+            margins=tuple(event.margins[row][: plan.reference_tokens] for row in rows),
             geometry=own(event.geometry),
             residuals=own(event.residuals) if plan.keeps_residuals and event.residuals else None,
         )

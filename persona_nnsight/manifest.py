@@ -30,6 +30,7 @@ def run_manifest(
     plan: Plan,
     cost: Cost,
     continuations: Mapping[int, tuple[int, ...]],
+    margins: Mapping[int, float],
     seconds: Mapping[str, float],
     complete: bool,
     where: Mapping[str, Any],
@@ -39,6 +40,7 @@ def run_manifest(
     Args:
         model, grid, plan, cost: what ran.
         continuations: XY's clean greedy token ids by index of the cell in the plan.
+        margins: the smallest gap between the two largest logits of each continuation, likewise.
         seconds: wall time by stage.
         complete: whether the run came to its end.
         where: where it ran (`persona_nnsight.backends.Backend.record`).
@@ -62,6 +64,7 @@ def run_manifest(
                 "task": cell.task,
                 "prompts": cell.prompts,
                 "continuation": continuations.get(index),
+                "smallest_margin": margins.get(index),
             }
             for index, cell in enumerate(plan.cells)
         ],

@@ -44,6 +44,8 @@ class Result:
     Attributes:
         model, grid, plan, cost: what was run, on what.
         continuations: XY's clean greedy token ids by index of the cell in the plan.
+        margins: by cell, the closest of the greedy choices that these are: the smallest gap between
+            a token's logit and the next one's. 0 is a tie, of which the lowest token id is taken.
         geometry: how the effects add up per cell and site (`tables.geometry_table`); no rows where
             Δ_X was given.
         texts: greedy texts, if any were asked for.
@@ -57,6 +59,7 @@ class Result:
     plan: Plan
     cost: Cost
     continuations: dict[int, tuple[int, ...]]
+    margins: dict[int, float]
     geometry: pd.DataFrame
     texts: list[Text]
     seconds: dict[str, float]
@@ -101,6 +104,7 @@ class Result:
             plan=self.plan,
             cost=self.cost,
             continuations=self.continuations,
+            margins=self.margins,
             seconds=self.seconds,
             complete=self.complete,
             where=self.where,

@@ -216,8 +216,14 @@ def test_events_survive_exactly(directory: Path) -> None:
     residuals = {key: torch.randn(2, 1, 2, 3) for key in ("BB", "XB", "BY", "XY")}
     residuals["XY"][0, 0, 0, 0] = math.nan
     events: list[Event] = [
-        Recorded((0, 1), ((5, 6), ()), {"cos_x_y": odd, "a.b": odd[:, :, :1].clone()}, residuals),
-        Recorded((2,), ((7,),), {"cos_x_y": odd[:1].clone()}, None),
+        Recorded(
+            (0, 1),
+            ((5, 6), ()),
+            ((0.1 + 0.2, 0.0), ()),
+            {"cos_x_y": odd, "a.b": odd[:, :, :1].clone()},
+            residuals,
+        ),
+        Recorded((2,), ((7,),), ((1e-45,),), {"cos_x_y": odd[:1].clone()}, None),
         Scored(0, 3, 0.1 + 0.2, 10),
         Scored(1, 0, math.nan, 0),
         Scored(2, 0, 1e-45, 1),

@@ -296,6 +296,7 @@ def test_of_equal_logits_the_lowest_token_is_taken(
         continuation = list(result.continuations[index])
         assert continuation == reference.greedy(reference.ids(prompts["XY"]), 5)
         assert all(one % 2 == 0 for one in continuation)
+        assert result.margins[index] == 0
         clean = next(
             text
             for text in result.texts
@@ -303,6 +304,20 @@ def test_of_equal_logits_the_lowest_token_is_taken(
             == (cell.persona.key, cell.task.key, "clean")
         )
         assert clean.text == model.tokenizer.decode(continuation, skip_special_tokens=True)
+
+
+def test_the_closest_choice_is_recorded(tiny: Tiny, tmp_path: Path) -> None:
+    model = tiny("llama", eos_early=True)
+    reference = reference_of(model)
+    result = capture(model, TINY_GRID, layers=(2,), positions="p_last,g1", window=4)
+    saved = json.loads((result.save(tmp_path / "run") / "run.json").read_text("utf-8"))
+    for index, cell in enumerate(TINY_GRID.cells):
+        ids = reference.ids(cell_prompts(TINY_GRID, cell)["XY"])
+        tokens = list(result.continuations[index])
+        logits = reference._logits([*ids, *tokens])[len(ids) - 1 : -1]
+        first, second = logits.topk(2).values.unbind(-1)
+        assert result.margins[index] == pytest.approx(float((first - second).min()), abs=1e-4)
+        assert saved["cells"][index]["smallest_margin"] == result.margins[index]
 
 
 # ------------------------------------------------------------------ texts that end very early

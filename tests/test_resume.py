@@ -402,7 +402,11 @@ def test_done() -> None:
     """Events count once, each kind by itself."""
     done = Done()
     scored = Scored(0, 1, 0.5, 2)
-    events: list[Event] = [Recorded((0, 1), ((), ()), {}, None), scored, Written(0, 1, (3,))]
+    events: list[Event] = [
+        Recorded((0, 1), ((), ()), ((), ()), {}, None),
+        scored,
+        Written(0, 1, (3,)),
+    ]
     assert [done.add(event) for event in events] == [True] * 3
     assert [done.add(event) for event in events] == [False] * 3
     assert done.add(replace(scored, cell=1))

@@ -355,6 +355,7 @@ def results_of(model: Model, plan: Plan, ranges: list[range], limits: Limits) ->
                     for row, cell in enumerate(event.cells):
                         assert ("continuation", cell) not in found
                         found["continuation", cell] = event.continuations[row]
+                        found["margins", cell] = list(event.margins[row])
                         for key, value in event.geometry.items():
                             found["geometry", cell, key] = value[row].flatten().tolist()
                         for key, value in (event.residuals or {}).items():

@@ -8,7 +8,7 @@ from dataclasses import asdict
 from typing import Any, NoReturn
 
 from persona_nnsight.backends import EngineFunction
-from persona_nnsight.backends.journal import Journal, JournalError
+from persona_nnsight.backends.journal import Journal, JournalError, damaged
 from persona_nnsight.backends.parts import Parts
 from persona_nnsight.costs import Limits, check_budget, default_budget, fit_limits
 from persona_nnsight.engine.events import Done, Event
@@ -16,6 +16,7 @@ from persona_nnsight.errors import OutOfMemoryError, PersonaError
 from persona_nnsight.models import Model
 from persona_nnsight.plan import Plan
 from persona_nnsight.plan_data import digest
+from persona_nnsight.runs import PENDING
 
 #: What a journal says of who writes it.
 LOCAL = "local"
@@ -58,8 +59,11 @@ class LocalBackend:
     def _limits_begun_with(self, plan: Plan) -> Limits | None:
         """The batch sizes that a plan was begun with: with others, last digits would differ."""
         assert self.journal is not None
-        known = self.journal.state.get("limits", {}).get(digest(plan))
-        return None if known is None else Limits(**known)
+        try:
+            known = self.journal.state.get("limits", {}).get(digest(plan))
+            return None if known is None else Limits(**{k: int(v) for k, v in known.items()})
+        except (AttributeError, TypeError, ValueError) as error:
+            raise damaged(self.journal.directory / PENDING, error) from error
 
     def run(self, function: EngineFunction, plan: Plan, limits: Limits) -> Iterator[Event]:
         """See `Backend.run`.

@@ -189,7 +189,7 @@ class NdifBackend:
         found = self.ledger.result(part.job)
         try:
             return None if found is None else unpack(*found, part.first_cell)
-        except (ValueError, KeyError, TypeError):
+        except (ValueError, KeyError, TypeError, RecursionError):
             return None  # a file that was changed by hand
 
     def _in_words(self, parts: Sequence[Part]) -> str:

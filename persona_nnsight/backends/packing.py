@@ -35,6 +35,7 @@ def pack(events: Iterable[Event]) -> tuple[str, dict[str, Tensor]]:
                     {
                         "cells": event.cells,
                         "continuations": event.continuations,
+                        "margins": event.margins,
                         "geometry": put("geometry", event.geometry),
                         "residuals": put("residuals", event.residuals),
                     }
@@ -61,6 +62,7 @@ def unpack(text: str, tensors: dict[str, Tensor], first_cell: int = 0) -> list[E
             Recorded(
                 cells=tuple(cell + first_cell for cell in part["cells"]),
                 continuations=tuple(map(tuple, part["continuations"])),
+                margins=tuple(map(tuple, part["margins"])),
                 geometry=found["geometry"] or {},
                 residuals=found["residuals"],
             )

@@ -44,7 +44,7 @@ class Parts:
         found = self.journal.find(self._name(number))
         try:
             return [] if found is None else unpack(*found)
-        except (ValueError, KeyError, TypeError):
+        except (ValueError, KeyError, TypeError, RecursionError):
             return []  # a file that was changed by hand
 
     def _name(self, number: int) -> str:

@@ -89,6 +89,7 @@ def run(
             yield Recorded(
                 cells=tuple(numbers),
                 continuations=ready.recorded.token_ids(),
+                margins=ready.recorded.token_margins(),
                 geometry=public_geometry(ready.chunk, ready.recorded),
                 residuals=public_residuals(ready.chunk, ready.recorded)
                 if plan.keeps_residuals

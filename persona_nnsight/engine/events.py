@@ -17,6 +17,7 @@ class Recorded:
     Attributes:
         cells: indices into `Plan.cells`.
         continuations: token ids per cell, ended by the first end-of-sequence token.
+        margins: by how much the logit of each of them is above the next one's; 0 is a tie.
         geometry: how the effects add up (`persona_nnsight.geometry.decompose`, and
             ``inter_over_xy_normed``), by measure, float32 [cells, positions, layers].
         residuals: float32 [cells, positions, layers, d_model] by residual key, on the CPU.
@@ -26,6 +27,7 @@ class Recorded:
 
     cells: tuple[int, ...]
     continuations: tuple[tuple[int, ...], ...]
+    margins: tuple[tuple[float, ...], ...]
     geometry: dict[str, Tensor]
     residuals: dict[str, Tensor] | None
 

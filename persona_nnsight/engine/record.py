@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import nnsight
 import torch
@@ -35,12 +36,19 @@ class Record:
             [cells, positions, layers]; NaN where a continuation ended before the position.
         continuations: XY's greedy tokens, int [cells, reference_tokens].
         lengths: how many of them there are before the text ends, int [cells].
+        margins: by how much the logit of each of these tokens is above the next one's, float32
+            [cells, reference_tokens]; 0 where they are equal.
     """
 
     residuals: dict[str, Tensor]
     geometry: dict[str, Tensor]
     continuations: Tensor
     lengths: Tensor
+    margins: Tensor
+
+    def token_margins(self) -> tuple[tuple[float, ...], ...]:
+        """The margins of `token_ids`."""
+        return cut_rows(self.margins, self.lengths)
 
     def token_ids(self) -> tuple[tuple[int, ...], ...]:
         """The continuations as plain numbers, each as long as it is."""
@@ -59,7 +67,7 @@ def record(chunk: Chunk) -> Record:
         PersonaError: a residual or an output that is not finite.
     """
     plan = chunk.plan
-    continuations, broken, xy = _decode(chunk)
+    continuations, margins, xy = _decode(chunk)
     keys = [key for key in plan.roles if key != "XY"]
     found = [xy, _baselines(chunk, keys, continuations)]
     residuals = _by_key(chunk, keys, [sites.residuals for sites in found])
@@ -75,8 +83,9 @@ def record(chunk: Chunk) -> Record:
         geometry=geometry,
         continuations=continuations,
         lengths=lengths_to_eos(continuations, plan.eos_ids),
+        margins=margins,
     )
-    _check_finite(chunk, recorded, broken)
+    _check_finite(chunk, recorded)
     return recorded
 
 
@@ -114,10 +123,11 @@ def _keep(
 
 
 def _decode(chunk: Chunk) -> tuple[Tensor, Tensor, _Sites]:
-    """XY's greedy tokens, whether their logits overflowed, and the sites of XY.
+    """XY's greedy tokens, their margins, and the sites of XY.
 
     Returns:
-        int [cells, reference_tokens], bool [cells, reference_tokens], and sites of every cell.
+        int [cells, reference_tokens], float32 [cells, reference_tokens], NaN where the logits
+        overflowed, and sites of every cell.
     """
     lm, plan = chunk.lm, chunk.plan
     prompts = [cell.prompts["XY"] for cell in chunk.cells]
@@ -130,13 +140,19 @@ def _decode(chunk: Chunk) -> tuple[Tensor, Tensor, _Sites]:
     with lm.generate(**inputs) as tracer:
         residuals = nnsight.save({})
         normed = nnsight.save({})
-        broken = nnsight.save([])
+        margins = nnsight.save([])
         for step in tracer.iter[: plan.reference_tokens]:
             _read(chunk, _Sites(residuals, normed), where[step])
-            broken.append(overflowed(lm.output.logits[:, -1]))
+            margins.append(_margin(lm.output.logits[:, -1]))
         ids = nnsight.save(tracer.result)
     sites = _Sites(residuals, normed)
-    return ids[:, -plan.reference_tokens :], torch.stack(list(broken), dim=1), sites
+    return ids[:, -plan.reference_tokens :], torch.stack(list(margins), dim=1), sites
+
+
+def _margin(logits: Tensor) -> Tensor:
+    """The largest logit less the next, float32 [rows]; NaN where a row holds NaN or +inf."""
+    first, second = logits.topk(2).values.float().unbind(-1)
+    return (first - second).masked_fill(overflowed(logits), torch.nan)
 
 
 def _baselines(chunk: Chunk, keys: Sequence[str], continuations: Tensor) -> _Sites:
@@ -208,11 +224,8 @@ def public_geometry(chunk: Chunk, recorded: Record) -> dict[str, Tensor]:
     }
 
 
-def _check_finite(chunk: Chunk, recorded: Record, broken: Tensor) -> None:
-    """Refuse residuals and geometry that are not finite, and tokens from logits that overflowed.
-
-    `broken` says which logits are: bool [cells, reference_tokens].
-    """
+def _check_finite(chunk: Chunk, recorded: Record) -> None:
+    """Refuse residuals and geometry that are not finite, and tokens from logits that overflowed."""
     plan = chunk.plan
     exists = recorded.reaches(plan)[:, :, None]
     for key, value in recorded.residuals.items():
@@ -228,7 +241,7 @@ def _check_finite(chunk: Chunk, recorded: Record, broken: Tensor) -> None:
             at = plan.layers[layer], plan.positions[position]
             raise geometry_not_finite(chunk, name, cell, *at)
     for cell, length in enumerate(recorded.lengths.tolist()):
-        if broken[cell, :length].any():
+        if recorded.margins[cell, :length].isnan().any():
             raise output_not_finite(chunk, "XY", cell, recorded.continuations[cell])
 
 
@@ -240,7 +253,7 @@ def lengths_to_eos(tokens: Tensor, eos_ids: tuple[int, ...]) -> Tensor:
     return torch.where(ended.any(1), ended.int().argmax(1) + 1, full)
 
 
-def cut_rows(tokens: Tensor, lengths: Tensor) -> tuple[tuple[int, ...], ...]:
-    """The first `lengths` tokens of every row, as plain numbers."""
-    pairs = zip(tokens.tolist(), lengths.tolist(), strict=True)
+def cut_rows(values: Tensor, lengths: Tensor) -> tuple[tuple[Any, ...], ...]:
+    """The first `lengths` values of every row, as plain numbers."""
+    pairs = zip(values.tolist(), lengths.tolist(), strict=True)
     return tuple(tuple(row[:length]) for row, length in pairs)
