@@ -106,8 +106,8 @@ def check_budget(plan: Plan, tree: ModuleTree, budget: int) -> None:
     needed = working_bytes(plan, tree, Limits(1, 1))
     if needed > budget:
         raise PersonaError(
-            f"A memory budget of {budget / 1e9:.2f} GB is less than one cell of this run takes, "
-            f"about {needed / 1e9:.2f} GB; use --memory-budget {math.ceil(needed / 1e8) / 10}GB or "
+            f"A memory budget of {budget / 1e6:.0f} MB is less than one cell of this run takes, "
+            f"about {needed / 1e6:.0f} MB; use --memory-budget {math.ceil(needed / 1e8) / 10}GB or "
             "more."
         )
 

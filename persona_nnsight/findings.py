@@ -99,7 +99,9 @@ def _verdicts(contrasts: pd.DataFrame, control: str) -> str:
 
 def _injection(summary: pd.DataFrame, contrasts: pd.DataFrame) -> Iterable[str]:
     rows = records(summary)
-    host = next(row for row in rows if row["condition"] == HOST)
+    host = next((row for row in rows if row["condition"] == HOST), None)
+    if host is None:  # a table that was cut by hand
+        return
     yield (
         f"The prompt without the persona is {host['median']:.2f} nats from the prompt with it "
         f"(median of {_cells(host['n'])})."
@@ -117,10 +119,15 @@ def _injection(summary: pd.DataFrame, contrasts: pd.DataFrame) -> Iterable[str]:
             continue
         best = max(written, key=lambda row: float(row["gap_closed"]))
         against = next(
-            row
-            for row in records(contrasts)
-            if row["condition"] == condition and row["layers"] == best["layers"]
+            (
+                row
+                for row in records(contrasts)
+                if row["condition"] == condition and row["layers"] == best["layers"]
+            ),
+            None,
         )
+        if against is None:
+            continue
         of_sets = f", the best of {len(written)} sets" if len(written) > 1 else ""
         yield (
             f"{what} closes at most {_share(best, 'gap_closed')} of that gap, at layer "

@@ -2,55 +2,19 @@
 
 from __future__ import annotations
 
-import multiprocessing
 import os
 import random
 import signal
-import sys
 import time
 from collections.abc import Callable, Sequence
-from multiprocessing.context import ForkServerProcess
 from pathlib import Path
 
 import pytest
 from conftest import TINY_GRID
+from forked import start
 from test_resume import contents
 
 TinyDir = Callable[..., Path]
-
-# The server has everything imported; a process forked from it is at work at once.
-_context = multiprocessing.get_context("forkserver")
-_context.set_forkserver_preload(
-    [
-        *("persona_cli.app", "persona_nnsight.execution", "persona_nnsight.backends.parts"),
-        *(f"persona_nnsight.experiments.{name}" for name in ("capture", "inject", "substitute")),
-        *("nnsight.modeling.transformers", "transformers.models.llama.modeling_llama"),
-        *("transformers.models.auto.modeling_auto", "transformers.pipelines.text_generation"),
-    ]
-)
-
-
-def _persona(directory: str, arguments: Sequence[str], interval: float) -> None:
-    """What a process does: one command, its words in a file."""
-    from persona_cli.app import main
-
-    from persona_nnsight.backends import parts
-
-    os.chdir(directory)
-    words = os.open("words", os.O_WRONLY | os.O_CREAT | os.O_APPEND)
-    os.dup2(words, 1)
-    os.dup2(words, 2)
-    parts._INTERVAL = interval
-    sys.argv = ["persona", *arguments]
-    main(list(arguments))
-
-
-def start(arguments: Sequence[object], interval: float) -> ForkServerProcess:
-    process = _context.Process(
-        target=_persona, args=(os.getcwd(), [str(a) for a in arguments], interval)
-    )
-    process.start()
-    return process
 
 
 def finish(arguments: Sequence[object], interval: float) -> float:

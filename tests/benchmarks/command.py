@@ -17,10 +17,20 @@ from rich.console import Console
 
 from benchmarks.comparison import Row, compare
 from benchmarks.curves import draw, points
+from benchmarks.load import loads
 from benchmarks.measure import matrix_rate
-from benchmarks.printing import WIDTH, print_curves, print_facts, print_rows, print_startup
+from benchmarks.printing import (
+    WIDTH,
+    print_curves,
+    print_facts,
+    print_loads,
+    print_rounds,
+    print_rows,
+    print_startup,
+)
 from benchmarks.procedure import Procedure
 from benchmarks.random_models import SHAPES, random_model, texts_of
+from benchmarks.soak import soak
 from benchmarks.startup import startup
 from benchmarks.work import shapes_of
 from benchmarks.workloads import ROWS, Grids
@@ -28,6 +38,8 @@ from persona_nnsight import Grid, Model, PersonaError, load_model
 from persona_nnsight.models import DEFAULT_MODEL, DTYPES
 
 PARTS = ("rows", "startup", "curves")
+#: What takes long, and has to be asked for.
+MORE_PARTS = ("load", "soak")
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
@@ -60,15 +72,23 @@ def _run(options: argparse.Namespace, console: Console) -> dict[str, Any]:
         figures["rows"] = [{**asdict(row), "ratio": row.ratio} for row in rows]
         del model
     if "startup" in options.parts and options.shape is None:
-        found = startup(options.model)
-        print_startup(console, found)
-        figures["startup"] = [asdict(each) for each in found]
+        waits = startup(options.model)
+        print_startup(console, waits)
+        figures["startup"] = [asdict(each) for each in waits]
     if "curves" in options.parts:
         curve = list(points(device=options.device, dtype=options.dtype))
         print_curves(console, curve)
         figures["curves"] = [asdict(point) for point in curve]
         if options.figure:
             draw(curve, options.figure)
+    if "load" in options.parts:
+        found = list(loads(options.load))
+        print_loads(console, found)
+        figures["load"] = [asdict(load) for load in found]
+    if "soak" in options.parts:
+        rounds = list(soak(options.minutes))
+        print_rounds(console, rounds)
+        figures["soak"] = [asdict(each) for each in rounds]
     return figures
 
 
@@ -128,6 +148,10 @@ def _positive(text: str) -> int:
     return number
 
 
+def _sizes(text: str) -> tuple[int, ...]:
+    return tuple(map(_positive, text.split(",")))
+
+
 def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(
         prog="benchmarks", description="The published procedure and ours, timed on one machine."
@@ -135,10 +159,10 @@ def _parser() -> argparse.ArgumentParser:
     add = parser.add_argument
     add(
         "--parts",
-        type=_names(PARTS),
+        type=_names((*PARTS, *MORE_PARTS)),
         default=PARTS,
         metavar="NAMES",
-        help=f"out of {','.join(PARTS)}; default all",
+        help=f"out of {','.join((*PARTS, *MORE_PARTS))}; default {','.join(PARTS)}",
     )
     add(
         "--rows",
@@ -157,6 +181,14 @@ def _parser() -> argparse.ArgumentParser:
     add("--grid", default="long", help="a grid in place of the long one")
     add("--cells", type=_positive, default=3, help="cells that the published procedure is timed on")
     add("--edits", type=_positive, default=9, help="edits of each of them, in a substitution")
+    add(
+        "--load",
+        type=_sizes,
+        default=(100, 1000, 10_000),
+        metavar="CELLS",
+        help="sizes of the grids of the part load; default 100,1000,10000",
+    )
+    add("--minutes", type=float, default=60, help="how long the part soak takes; default 60")
     add("--json", type=Path, metavar="PATH", help="keep the figures")
     add("--figure", type=Path, metavar="PATH", help="draw the curves")
     return parser

@@ -11,7 +11,9 @@ from rich.table import Table
 
 from benchmarks.comparison import Agreement, Row
 from benchmarks.curves import Point
+from benchmarks.load import Load
 from benchmarks.procedure import STEP, full_forwards
+from benchmarks.soak import Round
 from benchmarks.startup import Startup
 
 #: Wide enough for the main table where there is no terminal.
@@ -134,6 +136,33 @@ def print_curves(console: Console, found: Sequence[Point]) -> None:
             f"{point.floor.head_rows:,}",
             f"{point.flops / 1e9:,.2f}",
             f"{point.flops / point.seconds / 1e9:,.1f}",
+        )
+    console.print(table)
+
+
+def print_loads(console: Console, found: Sequence[Load]) -> None:
+    table = _table("load", "cells", "seconds", "peak MB", "parts on disk")
+    for load in found:
+        table.add_row(
+            load.what,
+            f"{load.cells:,}",
+            f"{load.seconds:.1f}",
+            f"{load.peak_bytes / 1e6:,.0f}",
+            f"{load.parts:,}",
+        )
+    console.print(table)
+
+
+def print_rounds(console: Console, found: Sequence[Round]) -> None:
+    """Some of the rounds, from the first to the last."""
+    table = _table("rounds", "seconds", "MB", "files", "threads", "children", "left behind")
+    step = max(1, len(found) // 12)
+    for each in [*found[:-1:step], *found[-1:]]:
+        table.add_row(
+            str(each.number),
+            f"{each.seconds:.0f}",
+            f"{each.bytes / 1e6:,.1f}",
+            *map(str, (each.files, each.threads, each.children, each.left)),
         )
     console.print(table)
 
