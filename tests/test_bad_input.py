@@ -525,7 +525,7 @@ SPECS: dict[str, tuple[str, str]] = {
     "weights alone": ("model/model.safetensors", "is a file but no GGUF file"),
     "an empty directory": ("empty", "'empty' is no model directory, it lacks config.json"),
     "a misspelt alias": ("smolm2-135m", "did you mean 'smollm2-135m'"),
-    "a NUL": ("a\0b", "'a\\x00b' is no model"),
+    "a NUL": ("a\0b", "No such file or directory: 'a\\x00b'"),
     "a long name": ("x" * 300, "is no model"),
     "a page": ("page.gguf", "'page.gguf' is a file but no GGUF file"),
     "an empty GGUF": ("empty.gguf", "'empty.gguf' is a file but no GGUF file"),

@@ -54,6 +54,13 @@ def killed_until_done(
     return kills
 
 
+@pytest.fixture(autouse=True)
+def started_server(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """An empty directory, and the server at work: the first process waits for its imports."""
+    monkeypatch.chdir(tmp_path)
+    finish(("grids",), 0.0)
+
+
 TINY = {
     "substitute": ("-l", "0-3", "-p", "p_last,g1,g2", "--generate", "3"),
     "capture": ("-l", "all", "-p", "p_last,g1"),
@@ -63,11 +70,8 @@ TINY = {
 
 @pytest.mark.skipif(os.name == "nt", reason="Windows has no signals of this kind")
 @pytest.mark.parametrize("name", TINY)
-def test_killed_at_random(
-    name: str, tiny_dir: TinyDir, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_killed_at_random(name: str, tiny_dir: TinyDir) -> None:
     """Eight kills of each of three commands on a tiny model."""
-    monkeypatch.chdir(tmp_path)
     Path("grid.yaml").write_text(TINY_GRID.to_yaml(), encoding="utf-8")
     command = (name, "-m", tiny_dir("llama"), "-g", "grid.yaml", *TINY[name], "-o")
     takes = finish((*command, "whole"), 0.0)
@@ -81,14 +85,12 @@ def test_killed_at_random(
     pytest.fail(f"{name} was killed {kills} times in 20 runs")
 
 
+@pytest.mark.slow
 @pytest.mark.smollm2
 @pytest.mark.skipif(os.name == "nt", reason="Windows has no signals of this kind")
 @pytest.mark.usefixtures("smollm2")  # so that it is on this machine
-def test_the_embedded_model_killed_at_random(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    """Four kills of a run that takes seconds, as `persona` keeps it by itself."""
-    monkeypatch.chdir(tmp_path)
+def test_the_embedded_model_killed_at_random() -> None:
+    """Four kills of a run that takes seconds."""
     some = ("--personas", "yoda,marx", "--layers", "8,16", "--conditions", "additive,bb")
     command = ("substitute", *some, "-o")
     takes = finish((*command, "whole"), 1.0)

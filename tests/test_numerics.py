@@ -250,13 +250,6 @@ def files_of(directory: Path, model: Path, seed: int) -> dict[str, bytes]:
         if path.name == "run.json":
             facts = json.loads(content)
             content = json.dumps({k: v for k, v in facts.items() if k not in _OWN}).encode()
-        elif path.suffix == ".safetensors":
-            # Its library writes the entries of the metadata in any order.
-            start = 8 + int.from_bytes(content[:8], "little")
-            content = (
-                json.dumps(json.loads(content[8:start]), sort_keys=True).encode()
-                + (content[start:])
-            )
         found[f"{path.parent.name}/{path.name}"] = content
     return found
 

@@ -316,6 +316,7 @@ def test_interrupting_the_command(
         (tmp_path / f"{name}.yaml").write_text(grid.to_yaml(), encoding="utf-8")
     grids = ("-g", "short=short.yaml", "-g", "long=long.yaml")
     command = ("reproduce", "-m", tiny_dir("llama"), "--only", "table1,table4", *grids, "--out")
+    monkeypatch.setattr("persona_nnsight.report.write_report", lambda _: None)  # takes its time
     seen: list[object] = []
     with monkeypatch.context() as watched:
         watched.setattr("persona_nnsight.execution.run", engine_cut_off(10**9, seen))
