@@ -22,7 +22,7 @@ from tiny import make_model_dir
 from persona_nnsight import Grid, PersonaError
 
 _CAPTURE = ("capture", "--layers", "all", "--positions", "p_last,g1,g2")
-_SUBSTITUTE = ("substitute", "--layers", "1,3", "--positions", "p_last", "--conditions", "all")
+_SUBSTITUTE = ("substitute", "--layers", "1,3", "--positions", "p_last")
 #: Given, so that a batch is what it is whatever else the machine does.
 _BUDGET = ("--memory-budget", "1GB")
 
