@@ -318,17 +318,21 @@ def test_interrupting_the_command(
     command = ("reproduce", "-m", tiny_dir("llama"), "--only", "table1,table4", *grids, "--out")
     monkeypatch.setattr("persona_nnsight.report.write_report", lambda _: None)  # takes its time
     seen: list[object] = []
+    passes: list[int] = []
     with monkeypatch.context() as watched:
-        watched.setattr("persona_nnsight.execution.run", engine_cut_off(10**9, seen))
+        watched.setattr("persona_nnsight.execution.run", engine_cut_off(10**9, seen, passes))
         assert persona(*command, "whole").code == 0
-    for stop in (1, len(seen) // 3, len(seen) - 5):
+    assert len(passes) == 2
+    for stop in (1, passes[1], len(seen) - 5):
         out = Path(f"cut{stop}")
         with monkeypatch.context() as stopped:
-            stopped.setattr("persona_nnsight.execution.run", engine_cut_off(stop, []))
+            stopped.setattr("persona_nnsight.execution.run", engine_cut_off(stop, [], []))
             outcome = persona(*command, out)
         assert outcome.code == 130, outcome.err
         assert f"`persona resume {out}` goes on" in outcome.err
         assert sorted(path.name for path in out.iterdir()) == ["parts", "pending.json"]
+        begun = json.loads((out / "pending.json").read_text())["state"]["limits"]
+        assert len(begun) == (1 if stop == 1 else 2)
         assert persona("resume", out).code == 0
         tables = sorted(Path("whole").glob("**/*.csv"))
         assert len(tables) > 6
@@ -337,10 +341,11 @@ def test_interrupting_the_command(
             assert again.read_bytes() == table.read_bytes(), again
 
 
-def engine_cut_off(after: int, seen: list[object]) -> Callable[..., Any]:
-    """The engine, interrupted after so many events, in however many calls."""
+def engine_cut_off(after: int, seen: list[object], passes: list[int]) -> Callable[..., Any]:
+    """The engine, interrupted after so many events; `passes` are those before each of its calls."""
 
     def interrupted(*arguments: Any) -> Any:
+        passes.append(len(seen))
         for event in run(*arguments):
             seen.append(event)
             if len(seen) > after:

@@ -190,6 +190,11 @@ class Journal:
         except (OSError, SafetensorError, KeyError):
             return None
 
+    @property
+    def has_parts(self) -> bool:
+        """Whether anything is there for another process to go on with."""
+        return any(self.parts())
+
     def parts(self, beginning: str = "") -> Iterator[str]:
         """The names of the parts that begin so, in order."""
         names = (path.stem for path in (self.directory / PARTS).glob("*.safetensors"))

@@ -80,12 +80,11 @@ class LocalBackend:
             yield from function(self.model.lm, self.model.tree, plan, limits)
             return
         key = digest(plan)
-        state = self.journal.state
-        state["limits"] = {**state.get("limits", {}), key: asdict(limits)}
         self.journal.claim()
         self._parts = parts = Parts(self.journal, key)
         done = Done()
         try:
+            self._note_limits(key, limits)
             for event in parts.events():
                 if done.add(event):
                     yield event
@@ -96,6 +95,14 @@ class LocalBackend:
         except PersonaError as error:
             self._leave(error, parts)
 
+    def _note_limits(self, key: str, limits: Limits) -> None:
+        """Write down the batch sizes of a plan, which may be one of several."""
+        assert self.journal is not None
+        begun = self.journal.state.setdefault("limits", {})
+        if key not in begun:
+            begun[key] = asdict(limits)
+            self.journal.save()
+
     def _leave(self, error: PersonaError, parts: Parts) -> NoReturn:
         """Keep what is finished, unless an error would only come again, and raise the error."""
         assert self.journal is not None
@@ -103,7 +110,7 @@ class LocalBackend:
         if isinstance(error, OutOfMemoryError):
             with suppress(PersonaError):
                 parts.flush()
-        if not self.journal.loaded and (comes_again or not parts.any_kept):
+        if not self.journal.loaded and (comes_again or not self.journal.has_parts):
             self._drop()
             raise error
         self._parts = None
@@ -134,7 +141,7 @@ class LocalBackend:
         try:
             self._parts.flush()
         finally:
-            if self.journal.loaded or self._parts.any_kept:
+            if self.journal.loaded or self.journal.has_parts:
                 self.journal.release()
             else:
                 self._drop()

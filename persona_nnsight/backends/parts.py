@@ -29,11 +29,6 @@ class Parts:
         self._kept = 1 + max((int(n) for n in numbers if n.isdecimal()), default=-1)
         self._last = time.monotonic()
 
-    @property
-    def any_kept(self) -> bool:
-        """Whether anything would be there for another process."""
-        return self._kept > 0
-
     def events(self) -> Iterator[Event]:
         """What was kept, in the order in which it was finished."""
         for number in range(self._kept):
