@@ -386,6 +386,7 @@ def test_a_directory_of_an_unfinished_run_is_taken(
     started(persona, monkeypatch, tiny_dir("llama"))
     outcome = persona(*command("inject", tiny_dir("llama"), "run"))
     assert_one_sentence(outcome, "holds a run that is not finished", "`persona resume run`")
+    assert_one_sentence(persona("report", "run"), "is not finished", "`persona resume run`")
 
 
 def test_interrupted_as_json(

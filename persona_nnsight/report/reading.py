@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any
 from persona_nnsight.errors import PersonaError, quoted
 from persona_nnsight.grids import Grid
 from persona_nnsight.manifest import FORMAT
-from persona_nnsight.runs import TEXT_COLUMNS, read_table
+from persona_nnsight.runs import PENDING, RUN, TEXT_COLUMNS, read_table
 from persona_nnsight.sites import NO_LAYERS, POSITIONS
 from persona_nnsight.weights.model_files import first_line
 
@@ -159,10 +159,15 @@ def read_run(directory: Path) -> Run:
 
 
 def _read_manifest(directory: Path) -> dict[str, Any]:
-    path = directory / "run.json"
+    path = directory / RUN
     try:
         manifest = json.loads(path.read_text(encoding="utf-8"))
     except (FileNotFoundError, NotADirectoryError):
+        if (directory / PENDING).exists():
+            raise PersonaError(
+                f"The run in {str(directory)!r} is not finished; `persona resume {directory}` goes "
+                "on with it."
+            ) from None
         raise PersonaError(
             f"{str(directory)!r} is no run directory: it has no run.json; give the directory that "
             "a command such as 'persona substitute' wrote."
