@@ -254,6 +254,7 @@ def files_of(directory: Path, model: Path, seed: int) -> dict[str, bytes]:
     return found
 
 
+@pytest.mark.slow
 def test_the_same_inputs_give_the_same_bytes(tiny_dir: Callable[..., Path], tmp_path: Path) -> None:
     """In batches of one size, which is why a memory budget is given."""
     model = tiny_dir("llama")

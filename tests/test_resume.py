@@ -107,7 +107,7 @@ def test_the_same_bytes_wherever_it_stops(
         watched.setattr("persona_nnsight.execution.run", cut_off(-1, KeyboardInterrupt(), seen))
         assert persona(*command(name, model, "whole")).code == 0
     whole, said = contents(Path("whole")), facts(Path("whole"))
-    stops = {1, len(seen) // 3, len(seen) // 2, len(seen) - 1} - {0, len(seen)}
+    stops = {1, len(seen) // 2, len(seen) - 1} - {0, len(seen)}
     for stop in sorted(stops):
         out = Path(f"cut{stop}")
         with monkeypatch.context() as stopped:
@@ -152,13 +152,13 @@ def test_stopped_again_and_again(
     times = 0
     while not Path("run/run.json").exists():
         with monkeypatch.context() as stopped:
-            until = cut_off(9, KeyboardInterrupt(), [])
+            until = cut_off(20, KeyboardInterrupt(), [])
             stopped.setattr("persona_nnsight.execution.run", until)
             outcome = persona(*arguments)
         assert outcome.code in (0, 130), outcome.err
         arguments = ("resume", "run")
         times += 1
-    assert times > 5
+    assert times > 3
     assert contents(Path("run")) == contents(Path("whole"))
     assert_one_sentence(persona("resume", "run"), "is finished")
 
