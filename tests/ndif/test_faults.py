@@ -80,7 +80,7 @@ def finish(persona: Persona, command: list[object], out: str = "run") -> dict[st
 
 
 def pending(out: str = "run") -> list[dict[str, Any]]:
-    jobs: list[dict[str, Any]] = json.loads(Path(out, "pending.json").read_text())["jobs"]
+    jobs: list[dict[str, Any]] = json.loads(Path(out, "pending.json").read_text())["state"]["jobs"]
     return jobs
 
 
