@@ -176,11 +176,11 @@ def note_pending(directory: Path, *, as_json: bool, interrupted: bool = False) -
 
     collect = f"`persona resume {directory}`"
     ids: list[str] = []
-    if Journal.load(directory).backend == BACKEND:
-        ids = [job.id for job in Ledger.load(directory).jobs.values() if job.id is not None]
-        what = "Interrupted; the jobs that were sent go on."
-        if not interrupted:
-            what = "The jobs are sent."
+    journal = Journal.load(directory)
+    if journal.backend == BACKEND:
+        ids = [job.id for job in Ledger.of(journal).jobs.values() if job.id is not None]
+        sent = "Interrupted; the jobs that were sent go on."
+        what = sent if interrupted else "The jobs are sent."
         advice = f"`persona jobs {directory}` shows them, {collect} collects them."
     else:
         what, advice = "Interrupted; what was finished is kept.", f"{collect} goes on."
