@@ -7,11 +7,18 @@ import signal
 
 os.environ["HF_HUB_OFFLINE"] = "1"  # before huggingface_hub is imported: it reads it then
 
+# Workers share the cores, and so do the commands that they start; before torch is imported.
+if "PYTEST_XDIST_WORKER_COUNT" in os.environ:
+    _share = (os.cpu_count() or 1) // int(os.environ["PYTEST_XDIST_WORKER_COUNT"])
+    os.environ.setdefault("OMP_NUM_THREADS", str(max(1, _share)))
+
 from collections.abc import Callable, Iterator
+from contextlib import ExitStack
 from functools import cache
 from pathlib import Path
 
 import pytest
+from float64 import doubled, in_float64
 from hypothesis import HealthCheck, settings
 from ndif_server import NdifServer
 from persona_cli.app import main
@@ -59,6 +66,29 @@ def tiny(tiny_dir: Callable[..., Path]) -> Callable[..., Model]:
         return load_model(str(tiny_dir(family, **options)))
 
     return build
+
+
+@pytest.fixture(scope="session")
+def _doubled(tiny_dir: Callable[..., Path]) -> Callable[..., Model]:
+    @cache
+    def build(family: str, **options: object) -> Model:
+        return doubled(load_model(str(tiny_dir(family, **options))))
+
+    return build
+
+
+@pytest.fixture
+def tiny64(_doubled: Callable[..., Model]) -> Iterator[Callable[..., Model]]:
+    """Tiny models in float64, from the first of them on: to be compared to ten digits."""
+    with ExitStack() as stack:
+
+        def build(family: str, **options: object) -> Model:
+            stack.close()  # loading is in float32
+            model = _doubled(family, **options)
+            stack.enter_context(in_float64())
+            return model
+
+        yield build
 
 
 @pytest.fixture(scope="session")

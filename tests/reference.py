@@ -1,7 +1,8 @@
 """The oracle: METHOD §§1-5 in plain transformers and PyTorch hooks, slow and literal.
 
-No nnsight, no KV cache, no batching: one sequence, one full forward per number. Imports
-nothing from the package, so that agreement with it means something.
+No nnsight, no KV cache, no batching: one sequence at a time, one full forward for each edit, and
+one for each unedited text, whose residuals and logits are kept for the next question about it.
+Imports nothing from the package, so that agreement with it means something.
 """
 
 from __future__ import annotations
@@ -22,6 +23,9 @@ Edits = Mapping[int, Mapping[int, Tensor]]
 LAYER_PATHS = ("model.language_model.layers", "model.layers", "transformer.h", "gpt_neox.layers")
 CONDITIONS = ("additive", "remove_x", "remove_y", "bb", "by", "xb", "clean", "other_x")
 INJECTIONS = ("host", "oracle", "cached")
+
+_KEPT = 8
+"""Unedited texts whose residuals and logits are kept: those of one cell, on one continuation."""
 
 
 @dataclass(frozen=True)
@@ -120,6 +124,7 @@ class Reference:
         self.tokenizer = tokenizer
         self.layers = self._find_layers(model)
         self.eos = self._find_eos(model)
+        self._unedited: dict[tuple[int, ...], tuple[list[Tensor], Tensor]] = {}
 
     # ------------------------------------------------------------------- primitives
 
@@ -207,18 +212,30 @@ class Reference:
             new.append(int(self._logits([*ids, *new], edits)[-1].argmax()))
         return new
 
+    def _clean(self, ids: Sequence[int]) -> tuple[list[Tensor], Tensor]:
+        """One unedited forward: the input of every layer, float32 [len(ids), d], and the logits."""
+        key = tuple(ids)
+        if key not in self._unedited:
+            if len(self._unedited) >= _KEPT:
+                del self._unedited[next(iter(self._unedited))]
+            seen: list[Tensor] = []
+
+            def keep(hidden: Tensor) -> None:
+                seen.append(hidden[0].detach().float().clone())
+
+            with ExitStack() as hooks:
+                for layer in range(len(self.layers)):
+                    hooks.enter_context(self._pre_hook(layer, keep))
+                logits = self._logits(ids)
+            assert len(seen) == len(self.layers)
+            self._unedited[key] = seen, logits
+        return self._unedited[key]
+
     def residual(self, ids: Sequence[int], layer: int, position: int) -> Tensor:
         """The input of decoder layer `layer` at an absolute position, as float32 [d]."""
         assert 0 <= position < len(ids)
-        seen: list[Tensor] = []
-
-        def keep(hidden: Tensor) -> None:
-            seen.append(hidden[0, position].detach().float().clone())
-
-        with self._pre_hook(layer, keep):
-            self._logits(ids)
-        (value,) = seen
-        return value
+        residuals, _ = self._clean(ids)
+        return residuals[layer][position]
 
     def logprobs(
         self, ids: Sequence[int], start: int, n: int, edits: Edits | None = None
@@ -226,7 +243,8 @@ class Reference:
         """Log-probabilities [n, vocab] for the tokens at positions start..start+n-1."""
         assert start >= 1
         assert start + n <= len(ids)
-        return self._logits(ids, edits)[start - 1 : start - 1 + n].log_softmax(-1)
+        logits = self._logits(ids, edits) if edits else self._clean(ids)[1]
+        return logits[start - 1 : start - 1 + n].log_softmax(-1)
 
     # ------------------------------------------------------------- METHOD, §§2 to 5
 

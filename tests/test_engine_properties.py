@@ -14,11 +14,13 @@ import pytest
 import tiny
 import torch
 from conftest import reference_of
+from float64 import doubled, in_float64
 from hypothesis import Phase, given, settings
 from hypothesis import strategies as st
 from hypothesis.strategies import DataObject, DrawFn
 from reference import Reference, decomposition, kl, vector
-from test_engine import TINY_TOLERANCE, cell_prompts
+from rounding import KL64, assert_close, tolerance
+from test_engine import cell_prompts
 from torch import Tensor
 
 from persona_nnsight import Grid, Model, load_model
@@ -36,7 +38,7 @@ from persona_nnsight.results import CaptureResult, EditResult, Result
 from persona_nnsight.sites import generated_index
 
 #: Logits of two tokens that are closer than this may be taken for each other.
-CLOSE_CALL = 1e-3
+CLOSE_CALL = 2 * tolerance(torch.float64)
 
 
 @dataclass(frozen=True)
@@ -84,7 +86,9 @@ def built(shape: Shape) -> Iterator[Model]:
         stack.enter_context(patch.object(tiny, "SEED", shape.seed))
         path = Path(stack.enter_context(TemporaryDirectory()))
         tiny.make_model_dir(shape.family, path, eos_early=shape.eos_early)
-        yield load_model(str(path))
+        model = doubled(load_model(str(path)))
+        stack.enter_context(in_float64())
+        yield model
 
 
 TEXTS = st.text("abcdé .", max_size=12).map(lambda text: f"x{text}y")
@@ -236,7 +240,7 @@ class Oracle:
             return
         expected = self.residuals(cell, self.plan.positions[p], self.plan.layers[j])
         for key, value in found.items():
-            torch.testing.assert_close(value, expected[key], rtol=1e-4, atol=2e-4)
+            assert_close(value, expected[key])
 
     def check_geometry(self, cell: int, site: int) -> None:
         position = self.plan.positions[site % len(self.plan.positions)]
@@ -253,9 +257,9 @@ class Oracle:
             return
         h = self.residuals(cell, position, layer)
         # Where an effect is rounding, so are its angles.
-        if min(float((h[key] - h["BB"]).norm()) for key in ("XB", "BY", "XY")) > 1e-2:
+        if min(float((h[key] - h["BB"]).norm()) for key in ("XB", "BY", "XY")) > 1e-6:
             for name, value in decomposition(h).items():
-                assert row[name] == pytest.approx(value, abs=2e-3), (position, layer, name)
+                assert row[name] == pytest.approx(value, abs=1e-6), (position, layer, name)
 
     def check_edit(self, cell: int, index: int) -> None:
         edit = self.plan.edits[index]
@@ -302,7 +306,7 @@ class Oracle:
         target = self.reference.ids(self.prompts(cell)["XY"])
         clean = self.reference.logprobs([*target, *continuation], len(target) + k, n)
         edited = self.reference.logprobs([*host, *continuation], len(host) + k, n, edits)
-        assert score.kl == pytest.approx(kl(clean, edited), **TINY_TOLERANCE)
+        assert score.kl == pytest.approx(kl(clean, edited), abs=KL64)
 
     def check_text(
         self,

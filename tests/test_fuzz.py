@@ -70,7 +70,7 @@ def test_expressions(name: str, data: DataObject) -> None:
         (checks.check_model_spec, "/" + "9" * 400),
         (checks.check_model_spec, "e" * 96 + "/t"),
     ],
-    ids=str,
+    ids=lambda value: getattr(value, "__name__", str(value)[:20]),
 )
 def test_expressions_that_were_not_refused(check: Callable[[str], None], text: str) -> None:
     check(text)

@@ -6,9 +6,8 @@ from collections.abc import Callable
 from dataclasses import replace
 from typing import Any
 
-import pandas as pd
 import pytest
-import torch
+from rounding import KL64, assert_close, assert_same_table
 from test_texts_and_steering import MARKED
 
 from persona_nnsight import CaptureResult, Grid, Model
@@ -46,9 +45,9 @@ def studies(model: Model) -> list[tuple[Grid, Plan]]:
 
 
 @pytest.mark.parametrize("limits", [Limits(cells=100, rows=100), Limits(cells=1, rows=3)])
-def test_together_as_alone(tiny: Tiny, limits: Limits, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_together_as_alone(tiny64: Tiny, limits: Limits, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(LocalBackend, "limits", lambda self, plan: limits)
-    model = tiny("llama")
+    model = tiny64("llama")
     both = studies(model)
     together = execute_together(model, both)
     for (grid, plan), joined in zip(both, together, strict=True):
@@ -58,15 +57,15 @@ def test_together_as_alone(tiny: Tiny, limits: Limits, monkeypatch: pytest.Monke
         assert joined.texts == alone.texts
         assert set(joined.tables) == set(alone.tables)
         for name, table in joined.tables.items():
-            pd.testing.assert_frame_equal(table, alone.tables[name], rtol=2e-4, atol=2e-4)
+            assert_same_table(table, alone.tables[name], KL64)
         if isinstance(alone, CaptureResult):
             assert isinstance(joined, CaptureResult)
             for key, value in alone.residuals.items():
-                torch.testing.assert_close(joined.residuals[key], value, rtol=1e-4, atol=1e-4)
+                assert_close(joined.residuals[key], value)
 
 
-def test_what_is_shared_is_computed_once(tiny: Tiny) -> None:
-    model = tiny("llama")
+def test_what_is_shared_is_computed_once(tiny64: Tiny) -> None:
+    model = tiny64("llama")
     plans = [plan for _, plan in studies(model)]
     joint = join(plans)
     texts = {prompt.text for plan in plans for prompt in plan.prompts}
@@ -85,8 +84,8 @@ def test_what_is_shared_is_computed_once(tiny: Tiny) -> None:
     assert joint.plan.n_results == len(MARKED.cells) + scored + written
 
 
-def test_plans_that_cannot_share_a_run(tiny: Tiny) -> None:
-    model = tiny("llama")
+def test_plans_that_cannot_share_a_run(tiny64: Tiny) -> None:
+    model = tiny64("llama")
     one = plan_substitute(model, MARKED, layers=(2,), conditions="additive")
     with pytest.raises(ValueError, match="different windows"):
         join([one, plan_substitute(model, MARKED, layers=(2,), conditions="by", window=3)])
@@ -100,8 +99,8 @@ def test_plans_that_cannot_share_a_run(tiny: Tiny) -> None:
         join([one, plan_substitute(model, other, layers=(2,), conditions="additive")])
 
 
-def test_interrupting_keeps_what_each_plan_has(tiny: Tiny) -> None:
-    model = tiny("llama")
+def test_interrupting_keeps_what_each_plan_has(tiny64: Tiny) -> None:
+    model = tiny64("llama")
     both = studies(model)[:2]
     n_first = len(both[0][1].edits) * len(both[0][1].cells)
 
@@ -118,11 +117,11 @@ def test_interrupting_keeps_what_each_plan_has(tiny: Tiny) -> None:
     whole = execute(model, *both[0]).frame()
     merged = kept.frame().merge(whole, on=[c for c in whole if c not in ("kl", "n_tokens")])
     assert len(merged) == n_first // 2
-    assert merged["kl_x"].to_numpy() == pytest.approx(merged["kl_y"].to_numpy(), rel=2e-4, abs=2e-4)
+    assert merged["kl_x"].to_numpy() == pytest.approx(merged["kl_y"].to_numpy(), abs=KL64)
 
 
-def test_an_edit_runs_on_its_cells_alone(tiny: Tiny) -> None:
-    model = tiny("llama")
+def test_an_edit_runs_on_its_cells_alone(tiny64: Tiny) -> None:
+    model = tiny64("llama")
     plan = plan_substitute(model, MARKED, layers=(2,), positions="p_last", conditions="by")
     plan = replace(plan, edits=tuple(replace(edit, cells=(1, 3)) for edit in plan.edits))
     table = execute(model, MARKED, plan).frame()

@@ -12,6 +12,7 @@ from typing import Any
 import nnsight
 import pytest
 import torch
+from rounding import assert_close
 from test_prefix_tree import plan_of
 from tiny import MISTRAL_WINDOW, N_LAYERS, PAD_ID, SLIDING_WINDOW
 from torch import Tensor
@@ -28,10 +29,6 @@ from persona_nnsight.prefix_tree import PrefixTree, prefix_tree
 
 Tiny = Callable[..., Model]
 Tokens = list[int]
-
-#: Keys, values and logits here are of the order of 1 to 10, in float32.
-CLOSE: dict[str, Any] = {"rtol": 1e-5, "atol": 1e-5}
-LOGITS: dict[str, Any] = {"rtol": 1e-5, "atol": 3e-5}
 
 
 @pytest.fixture(autouse=True)
@@ -84,8 +81,8 @@ def assert_holds(module: Any, kv: KVCache, texts: Sequence[Tokens]) -> None:
         own = kv.mask[row].bool()
         for layer, expected in zip(layers_of(kv), alone.layers, strict=True):
             assert layer.keys.shape[0] == layer.values.shape[0] == len(texts)
-            torch.testing.assert_close(layer.keys[row][:, own], expected.keys[0], **CLOSE)
-            torch.testing.assert_close(layer.values[row][:, own], expected.values[0], **CLOSE)
+            assert_close(layer.keys[row][:, own], expected.keys[0])
+            assert_close(layer.values[row][:, own], expected.values[0])
 
 
 def assert_goes_on(
@@ -100,7 +97,7 @@ def assert_goes_on(
         start += size
     for row, text in enumerate(texts):
         expected = module(torch.tensor([text + more[row]])).logits[0, len(text) :]
-        torch.testing.assert_close(torch.cat(found, dim=1)[row], expected, **LOGITS)
+        assert_close(torch.cat(found, dim=1)[row], expected)
 
 
 def picture(kv: KVCache) -> list[Any]:
@@ -134,9 +131,9 @@ TEXTS = draw(9, 16, 12, 16)
 
 @whole
 @pytest.mark.parametrize("room", [0, 3])
-def test_select(tiny: Tiny, family: str, window: int | None, room: int) -> None:
+def test_select(tiny64: Tiny, family: str, window: int | None, room: int) -> None:
     """Neighbours, rows apart, in another order, and several times."""
-    module = module_of(tiny(family), window)
+    module = module_of(tiny64(family), window)
     kv = cached(module, TEXTS)
     before = picture(kv)
     for rows in ([0, 1, 2, 3], [1, 2], [3], [0, 2], [2, 1], [1, 1], [0, 1, 1, 3], [3, 3, 0]):
@@ -152,10 +149,10 @@ def test_select(tiny: Tiny, family: str, window: int | None, room: int) -> None:
 @pytest.mark.parametrize("room", [0, 5])
 @pytest.mark.parametrize("rows", [[0, 1], [2, 0, 2]])
 def test_select_cut(
-    tiny: Tiny, family: str, window: int | None, rows: list[int], room: int
+    tiny64: Tiny, family: str, window: int | None, rows: list[int], room: int
 ) -> None:
     """The end is cut off, in rows with padding as well."""
-    module = module_of(tiny(family), window)
+    module = module_of(tiny64(family), window)
     kv = cached(module, TEXTS)
     before = picture(kv)
     chosen = kv.select(rows, length=11, room=room)
@@ -168,8 +165,8 @@ def test_select_cut(
 
 
 @pytest.mark.parametrize("room", [0, 2])
-def test_selections_do_not_see_each_other(tiny: Tiny, room: int) -> None:
-    module = module_of(tiny("llama"))
+def test_selections_do_not_see_each_other(tiny64: Tiny, room: int) -> None:
+    module = module_of(tiny64("llama"))
     kv = cached(module, TEXTS)
     first, second = kv.select([1, 2], room=room), kv.select([1, 2], room=room)
     a, b = [[1, 2], [3, 4]], [[5, 6], [7, 8]]
@@ -180,9 +177,9 @@ def test_selections_do_not_see_each_other(tiny: Tiny, room: int) -> None:
 
 
 @pytest.mark.parametrize("room", [0, 4])
-def test_a_selection_of_a_cache_that_has_grown(tiny: Tiny, room: int) -> None:
+def test_a_selection_of_a_cache_that_has_grown(tiny64: Tiny, room: int) -> None:
     """What was appended, into room or not, is selected, cut and appended to like the rest."""
-    module = module_of(tiny("llama"))
+    module = module_of(tiny64("llama"))
     more = draw(4, 4, 4, 4, seed=5)
     _, kv = follow(module, cached(module, TEXTS).select([0, 1, 2, 3], room=room), more)
     texts = [text + rest for text, rest in zip(TEXTS, more, strict=True)]
@@ -198,8 +195,8 @@ def test_a_selection_of_a_cache_that_has_grown(tiny: Tiny, room: int) -> None:
     assert_same(before, picture(kv))
 
 
-def test_what_is_appended_goes_into_the_room(tiny: Tiny) -> None:
-    module = module_of(tiny("llama"))
+def test_what_is_appended_goes_into_the_room(tiny64: Tiny) -> None:
+    module = module_of(tiny64("llama"))
     kv = cached(module, TEXTS).select([0, 2], room=3)
     storage = [layer.keys.data_ptr() for layer in layers_of(kv)]
     for ids in ([[1], [2]], [[3], [4]], [[5], [6]]):
@@ -211,9 +208,9 @@ def test_what_is_appended_goes_into_the_room(tiny: Tiny) -> None:
 @pytest.mark.parametrize("family", ["llama", "gpt2", "mistral"])
 @pytest.mark.parametrize("first", [0, 1, 3, N_LAYERS - 1])
 @pytest.mark.parametrize("room", [0, 4])
-def test_select_from_a_layer_on(tiny: Tiny, family: str, first: int, room: int) -> None:
+def test_select_from_a_layer_on(tiny64: Tiny, family: str, first: int, room: int) -> None:
     """With the layers below skipped, stored residuals go on as in one forward of the whole."""
-    model = tiny(family)
+    model = tiny64(family)
     module = module_of(model)
     kv = cached(module, TEXTS)
     before = picture(kv)
@@ -234,7 +231,7 @@ def test_select_from_a_layer_on(tiny: Tiny, family: str, first: int, room: int) 
         layers[first].input = residuals
         logits = nnsight.save(model.lm.output.logits)
     expected = torch.cat([out.logits[:, -4:] for out in outs])
-    torch.testing.assert_close(logits, expected, **LOGITS)
+    assert_close(logits, expected)
     assert_same(before, picture(kv))
 
 
@@ -244,9 +241,9 @@ def test_select_from_a_layer_on(tiny: Tiny, family: str, first: int, room: int) 
 @pytest.mark.parametrize(
     ("family", "window"), [("mistral", MISTRAL_WINDOW), ("gemma3_text", SLIDING_WINDOW)]
 )
-def test_a_cache_is_whole_until_a_window_slides(tiny: Tiny, family: str, window: int) -> None:
+def test_a_cache_is_whole_until_a_window_slides(tiny64: Tiny, family: str, window: int) -> None:
     """The window holds the token itself, so a cache keeps one less."""
-    module = module_of(tiny(family))
+    module = module_of(tiny64(family))
     assert cached(module, draw(window - 1, 5)).is_whole
     assert not cached(module, draw(window, 5)).is_whole
     grown = cached(module, draw(window - 2, 5)).select([1, 0], room=3)
@@ -258,8 +255,8 @@ def test_a_cache_is_whole_until_a_window_slides(tiny: Tiny, family: str, window:
 
 @pytest.mark.parametrize("family", ["mistral", "gemma3_text", "gemma2"])
 @pytest.mark.parametrize("room", [0, 8])
-def test_select_where_a_window_has_slid(tiny: Tiny, family: str, room: int) -> None:
-    module = module_of(tiny(family))
+def test_select_where_a_window_has_slid(tiny64: Tiny, family: str, room: int) -> None:
+    module = module_of(tiny64(family))
     texts = draw(33, 6, 40, 28, seed=2)
     kv = cached(module, texts)
     assert not kv.is_whole
@@ -272,8 +269,8 @@ def test_select_where_a_window_has_slid(tiny: Tiny, family: str, room: int) -> N
 
 
 @pytest.mark.parametrize("family", ["mistral", "gemma3_text"])
-def test_a_window_slides_after_what_was_cut_and_gathered(tiny: Tiny, family: str) -> None:
-    module = module_of(tiny(family))
+def test_a_window_slides_after_what_was_cut_and_gathered(tiny64: Tiny, family: str) -> None:
+    module = module_of(tiny64(family))
     window = {"mistral": MISTRAL_WINDOW, "gemma3_text": SLIDING_WINDOW}[family]
     texts = draw(window - 1, window - 3, seed=3)
     kv = cached(module, texts)
@@ -289,8 +286,8 @@ def test_a_window_slides_after_what_was_cut_and_gathered(tiny: Tiny, family: str
 
 
 @whole
-def test_gather(tiny: Tiny, family: str, window: int | None) -> None:
-    module = module_of(tiny(family), window)
+def test_gather(tiny64: Tiny, family: str, window: int | None) -> None:
+    module = module_of(tiny64(family), window)
     others = draw(3, 11, seed=8)
     long, short = cached(module, TEXTS), cached(module, others, extra=2)
     before = [picture(long), picture(short)]
@@ -317,9 +314,9 @@ def test_gather(tiny: Tiny, family: str, window: int | None) -> None:
 
 
 @whole
-def test_gather_closes_gaps(tiny: Tiny, family: str, window: int | None) -> None:
+def test_gather_closes_gaps(tiny64: Tiny, family: str, window: int | None) -> None:
     """Padding between tokens, as segments after their parents leave it, moves to the left."""
-    module = module_of(tiny(family), window)
+    module = module_of(tiny64(family), window)
     ends = draw(5, 2, 4, 1, seed=9)
     ids = torch.tensor([[PAD_ID] * (5 - len(end)) + end for end in ends])
     seen = torch.tensor([[0] * (5 - len(end)) + [1] * len(end) for end in ends])
@@ -384,24 +381,26 @@ def prefilled(model: Model, openings: Sequence[Tokens], most_tokens: int) -> Pre
 
 @pytest.mark.parametrize("family", ["llama", "qwen2", "gpt2", "olmo2"])
 @pytest.mark.parametrize("most_tokens", [60, 1000])
-def test_prefill_shares_what_prompts_begin_with(tiny: Tiny, family: str, most_tokens: int) -> None:
+def test_prefill_shares_what_prompts_begin_with(
+    tiny64: Tiny, family: str, most_tokens: int
+) -> None:
     openings = prompts(20, 17, 11, 30, seed=4, ways=4)
-    tree = prefilled(tiny(family), openings, most_tokens)
+    tree = prefilled(tiny64(family), openings, most_tokens)
     assert max(segment.depth for segment in tree.segments) == 2
     assert tree.n_tokens < sum(map(len, openings)) / 2
     sizes = [{len(tree.segments[number].ids) for number in batch} for batch in tree.batches]
     assert any(len(found) > 1 for found in sizes), "no batch was padded"
 
 
-def test_prefill_shares_within_a_window(tiny: Tiny) -> None:
-    tree = prefilled(tiny("mistral"), prompts(10, 3, 2, seed=6, ways=4), 40)
+def test_prefill_shares_within_a_window(tiny64: Tiny) -> None:
+    tree = prefilled(tiny64("mistral"), prompts(10, 3, 2, seed=6, ways=4), 40)
     assert max(segment.depth for segment in tree.segments) >= 1
     assert len(tree.batches) > 2
 
 
 @pytest.mark.parametrize("family", ["mistral", "gemma3_text"])
-def test_prefill_where_windows_slide(tiny: Tiny, family: str) -> None:
-    tree = prefilled(tiny(family), prompts(20, 7, 11, seed=4, ways=3), 40)
+def test_prefill_where_windows_slide(tiny64: Tiny, family: str) -> None:
+    tree = prefilled(tiny64(family), prompts(20, 7, 11, seed=4, ways=3), 40)
     assert len(tree.batches) == 1
 
 
@@ -436,9 +435,9 @@ GROUPED = ["llama", "qwen2", "mistral", "gemma3_text", "gemma3_vlm"]
 
 
 @pytest.mark.parametrize("family", GROUPED)
-def test_grouped_heads_give_the_logits_of_sdpa(tiny: Tiny, family: str, grouped: Shapes) -> None:
+def test_grouped_heads_give_the_logits_of_sdpa(tiny64: Tiny, family: str, grouped: Shapes) -> None:
     """Padded prefill, one token after another, and several at once."""
-    model = tiny(family)
+    model = tiny64(family)
     module = module_of(model)
 
     def logits() -> list[Tensor]:
@@ -461,13 +460,13 @@ def test_grouped_heads_give_the_logits_of_sdpa(tiny: Tiny, family: str, grouped:
     assert len(grouped) == 4 * N_LAYERS
     assert {shape[1] for shape in grouped} == {2}
     for one, other in zip(found, expected, strict=True):
-        torch.testing.assert_close(one, other, **LOGITS)
+        assert_close(one, other)
 
 
 @pytest.mark.parametrize("family", ["llama", "gemma3_text"])
-def test_grouped_heads_decode_the_same(tiny: Tiny, family: str, grouped: Shapes) -> None:
+def test_grouped_heads_decode_the_same(tiny64: Tiny, family: str, grouped: Shapes) -> None:
     """In nnsight's own generate, and what it leaves is what it found."""
-    model = tiny(family)
+    model = tiny64(family)
     ids = torch.tensor([[PAD_ID] * (16 - len(text)) + text for text in TEXTS])
     inputs = {"input_ids": ids, "attention_mask": (ids != PAD_ID).long()}
     options = {"max_new_tokens": 6, "do_sample": False, "eos_token_id": None}
@@ -481,8 +480,8 @@ def test_grouped_heads_decode_the_same(tiny: Tiny, family: str, grouped: Shapes)
     assert len(grouped) == count
 
 
-def test_no_mask_is_a_causal_one(tiny: Tiny, grouped: Shapes) -> None:
-    model = tiny("llama")
+def test_no_mask_is_a_causal_one(tiny64: Tiny, grouped: Shapes) -> None:
+    model = tiny64("llama")
     expected = module_of(model)(torch.tensor([TEXTS[0]])).logits
     with grouped_attention(model.lm):
         found = module_of(model)(torch.tensor([TEXTS[0]])).logits
@@ -491,8 +490,8 @@ def test_no_mask_is_a_causal_one(tiny: Tiny, grouped: Shapes) -> None:
 
 
 @pytest.mark.parametrize("family", [*GROUPED, "gpt2"])
-def test_attention_is_restored(tiny: Tiny, family: str) -> None:
-    model = tiny(family)
+def test_attention_is_restored(tiny64: Tiny, family: str) -> None:
+    model = tiny64(family)
     before = implementations(model)
     assert set(before) == {"sdpa"}
     for _ in range(2):
@@ -537,9 +536,9 @@ def test_a_model_without_weights_is_left_as_it_is(tiny_dir: Callable[..., Path])
 
 @pytest.mark.parametrize("family", ["gpt2", "gpt_neox"])
 def test_heads_that_are_not_grouped_are_left_alone(
-    tiny: Tiny, family: str, grouped: Shapes
+    tiny64: Tiny, family: str, grouped: Shapes
 ) -> None:
-    model = tiny(family)
+    model = tiny64(family)
     expected = cached(module_of(model), TEXTS)
     with grouped_attention(model.lm):
         found = cached(module_of(model), TEXTS)
@@ -577,4 +576,4 @@ def test_attention_by_itself(mask: str, heads: int, tokens: int) -> None:
     assert weights is None
     assert found.shape == (rows, tokens, heads, values)
     assert found.is_contiguous()
-    torch.testing.assert_close(found, expected, **CLOSE)
+    assert_close(found, expected)

@@ -11,6 +11,7 @@ import torch
 from benchmarks.measure import measure
 from benchmarks.random_models import SPECIAL, random_model, texts_of
 from conftest import TINY_GRID, Persona
+from rounding import KL64
 from transformers import LlamaConfig
 
 from persona_nnsight import Grid, Model, PersonaError, engine
@@ -68,8 +69,8 @@ def test_other_errors_are_not_taken_for_it() -> None:
 
 
 @pytest.mark.parametrize("step", ["extend", "score", "write"])
-def test_a_run_goes_on_in_halves(tiny: Tiny, step: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    model = tiny("llama")
+def test_a_run_goes_on_in_halves(tiny64: Tiny, step: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    model = tiny64("llama")
     options: dict[str, Any] = {"layers": (2,), "positions": "p_last,g1", "generate": 4}
     whole = substitute(model, TINY_GRID, **options)
     real, failed = getattr(engine, step), []
@@ -86,9 +87,7 @@ def test_a_run_goes_on_in_halves(tiny: Tiny, step: str, monkeypatch: pytest.Monk
     assert failed
     assert halved.texts == whole.texts
     assert halved.continuations == whole.continuations
-    assert halved.frame()["kl"].tolist() == pytest.approx(
-        whole.frame()["kl"].tolist(), rel=1e-4, abs=1e-5
-    )
+    assert halved.frame()["kl"].tolist() == pytest.approx(whole.frame()["kl"].tolist(), abs=KL64)
 
 
 def test_limits_shrink_with_the_budget(tiny: Tiny) -> None:

@@ -19,7 +19,6 @@ from typing import Any
 import nnsight
 import pandas as pd
 import pytest
-import torch
 from conftest import TINY_GRID, Outcome, Persona
 from fake_ndif import (
     DONE,
@@ -34,6 +33,7 @@ from fake_ndif import (
     share_ssl_context,
     stop_clocks,
 )
+from rounding import KL32, assert_close, assert_same_table
 from test_texts_and_steering import MARKED
 from tiny import make_model_dir
 
@@ -47,6 +47,7 @@ from persona_nnsight import (
     inject,
     load_model,
     markers,
+    read_table,
     steer,
     substitute,
 )
@@ -144,7 +145,7 @@ def expected(tiny: Tiny) -> pd.DataFrame:
 
 def assert_equal(result: Result, frame: pd.DataFrame) -> None:
     assert result.complete
-    pd.testing.assert_frame_equal(result.frame(), frame, rtol=0, atol=1e-6)
+    assert_same_table(result.frame(), frame, KL32)
 
 
 def jobs_of(backend: NdifBackend) -> list[tuple[str, str | None, int]]:
@@ -173,18 +174,16 @@ def test_a_run_in_jobs_equals_a_local_one(world: World, tiny: Tiny, tmp_path: Pa
     assert there.complete
     assert there.continuations == here.continuations
     assert there.texts == here.texts
-    pd.testing.assert_frame_equal(there.frame(), here.frame(), rtol=0, atol=1e-6)
+    assert_same_table(there.frame(), here.frame(), KL32)
     assert rows[-1] == there.plan.n_results
     there.save(tmp_path / "there", finishes=True)
     here.save(tmp_path / "here")
     names = sorted(path.name for path in (tmp_path / "here").iterdir())
     assert sorted(path.name for path in (tmp_path / "there").iterdir()) == names
-    different = [
-        name
-        for name in names
-        if (tmp_path / "there" / name).read_bytes() != (tmp_path / "here" / name).read_bytes()
-    ]
-    assert different == ["run.json"]
+    for path in (tmp_path / "here").glob("*.csv"):
+        assert_same_table(read_table(tmp_path / "there" / path.name), read_table(path), KL32)
+    one, other = (tmp_path / place / "text.jsonl" for place in ("here", "there"))
+    assert one.read_bytes() == other.read_bytes()
 
     manifest = json.loads((tmp_path / "there" / "run.json").read_text("utf-8"))
     where = manifest["backend"]
@@ -209,8 +208,8 @@ def test_capture_comes_back_whole(world: World, tiny: Tiny, tmp_path: Path) -> N
     here = capture(tiny("llama"), TINY_GRID, **arguments)
     assert isinstance(there, CaptureResult)
     for name, value in here.residuals.items():
-        torch.testing.assert_close(there.residuals[name], value, rtol=0, atol=1e-5)
-    pd.testing.assert_frame_equal(there.frame(), here.frame(), rtol=0, atol=1e-5)
+        assert_close(there.residuals[name], value)
+    assert_same_table(there.frame(), here.frame(), KL32)
 
 
 def test_what_the_server_is_asked(world: World) -> None:
@@ -281,11 +280,11 @@ def test_simulated_equals_local(tiny: Tiny, command: str) -> None:
     assert simulated.texts == local.texts
     assert simulated.continuations == local.continuations
     for name, table in local.tables.items():
-        pd.testing.assert_frame_equal(simulated.tables[name], table, rtol=0, atol=1e-6)
+        assert_same_table(simulated.tables[name], table, KL32)
     if isinstance(local, CaptureResult):
         assert isinstance(simulated, CaptureResult)
         for key, value in local.residuals.items():
-            torch.testing.assert_close(simulated.residuals[key], value, rtol=0, atol=1e-6)
+            assert_close(simulated.residuals[key], value)
 
 
 # ------------------------------------------------------------------------------- what goes wrong
@@ -738,7 +737,7 @@ def test_the_command(command: Command, expected: pd.DataFrame) -> None:
     names = {path.name for path in Path("run").iterdir()}
     assert names == {"kl.csv", "summary.csv", "geometry.csv", "run.json"}
     assert pd.read_csv("run/kl.csv")["kl"].tolist() == pytest.approx(
-        expected["kl"].tolist(), abs=1e-6
+        expected["kl"].tolist(), abs=KL32
     )
     assert_no_key(outcome)
 

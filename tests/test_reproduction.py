@@ -8,9 +8,9 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-import pandas as pd
 import pytest
 from conftest import TINY_GRID, Persona
+from rounding import KL32, assert_same_table
 
 from persona_nnsight import Grid, Model, PersonaError, inject, read_table, substitute
 from persona_nnsight.engine import run
@@ -122,25 +122,17 @@ def test_tables_are_those_of_the_commands(tiny: Tiny, made: Reproduction) -> Non
     conditions = list(dict.fromkeys(edit.condition for edit in table2.edits))
     layers = tuple(table2.layers)
     alone = substitute(model, LONG, layers=layers, conditions=conditions)
-    pd.testing.assert_frame_equal(
-        made.results["table2"].frame(), alone.frame(), rtol=2e-4, atol=2e-4
-    )
+    assert_same_table(made.results["table2"].frame(), alone.frame(), KL32)
     edited = edited_layer(model.tree.n_layers)
     texts = markers(model, reviews, layers=edited, tokens=80).texts
     assert made.results["table3"].texts == texts
     sets = "; ".join(",".join(map(str, chosen)) for chosen in layer_sets(model.tree.n_layers))
-    pd.testing.assert_frame_equal(
-        made.results["table4"].frame(),
-        inject(model, reviews, layers=sets).frame(),
-        rtol=2e-4,
-        atol=2e-4,
+    assert_same_table(
+        made.results["table4"].frame(), inject(model, reviews, layers=sets).frame(), KL32
     )
     table1 = made.studies["table1"]
-    pd.testing.assert_frame_equal(
-        made.results["table1"].frame(),
-        execute(model, table1.grid, table1.plan).frame(),
-        rtol=2e-4,
-        atol=2e-4,
+    assert_same_table(
+        made.results["table1"].frame(), execute(model, table1.grid, table1.plan).frame(), KL32
     )
 
 
@@ -287,13 +279,8 @@ def test_the_command(
     assert manifest["parts"] == list(TABLES)
     assert manifest["complete"] is True
     for name in TABLES:
-        pd.testing.assert_frame_equal(
-            read_table(out / f"{name}.csv"),
-            made.table(name),
-            check_dtype=False,
-            rtol=1e-3,
-            atol=1e-3,
-        )
+        written = read_table(out / f"{name}.csv")
+        assert_same_table(written, made.table(name), KL32, check_dtype=False)
         part = json.loads((out / name / "run.json").read_text())
         assert part["command"] == {"table3": "markers", "table4": "inject"}.get(name, "substitute")
     assert (out / "report.html").stat().st_size > 10_000

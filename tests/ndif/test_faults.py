@@ -19,6 +19,7 @@ import pytest
 import torch
 from conftest import TINY_GRID, Outcome, Persona
 from ndif_server import NdifServer, free_port
+from rounding import PROMISED_KL
 from safetensors.torch import load_file, save_file
 
 from persona_nnsight import PersonaError, capture, load_model
@@ -73,7 +74,9 @@ def finish(persona: Persona, command: list[object], out: str = "run") -> dict[st
         line.rsplit(",", 2)[0] for line in there.splitlines()
     ]
     for one, other in zip(here.splitlines()[1:], there.splitlines()[1:], strict=True):
-        assert float(one.split(",")[-2]) == pytest.approx(float(other.split(",")[-2]), abs=1e-4)
+        assert float(one.split(",")[-2]) == pytest.approx(
+            float(other.split(",")[-2]), abs=PROMISED_KL
+        )
     data: dict[str, Any] = json.loads(Path(out, "run.json").read_text())
     assert [job["state"] for job in data["backend"]["jobs"]] == ["done"] * N_JOBS
     return data

@@ -12,6 +12,7 @@ import pandas as pd
 import pytest
 from conftest import Persona
 from ndif_server import NdifServer
+from rounding import PROMISED_KL
 from safetensors.numpy import load_file
 
 from persona_nnsight import Grid, read_table
@@ -19,7 +20,6 @@ from persona_nnsight import Grid, read_table
 pytestmark = pytest.mark.ndif
 
 #: Of a KL in nats, cell by cell; the server's nnsight, batches and threads are its own.
-KL_TOLERANCE = 1e-4
 
 SMALL = ("--grid", "short", "--personas", "yoda,marx", "--tasks", "haiku,recommend", "--layers", 16)
 CONDITIONS = ("--conditions", "additive,bb,other_x,random")
@@ -58,7 +58,7 @@ def assert_same_tables() -> None:
                 assert list(here[name]) == list(there[name]), (path.name, name)
             elif name in ("kl", "median", "cos_xy_sum", "cos_x_y", "inter_over_xy"):
                 gap = np.abs(here[name].to_numpy() - there[name].to_numpy())
-                assert np.nanmax(gap) <= KL_TOLERANCE, (path.name, name)
+                assert np.nanmax(gap) <= PROMISED_KL, (path.name, name)
                 assert (here[name].isna() == there[name].isna()).all()
 
 
