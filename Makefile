@@ -5,6 +5,9 @@ BIN := $(VENV)/bin
 MODEL := smollm2-135m
 TOOLS := build/tools
 SECONDS := 600
+WORKERS ?= 2
+PYTEST := HF_HUB_OFFLINE=1 $(BIN)/python -m pytest
+PARALLEL := -n $(WORKERS) --dist worksteal
 
 .PHONY: demo test test-slow test-ndif fuzz bench ndif-server ndif-server-down example readme audit sbom clean
 
@@ -15,20 +18,21 @@ demo: $(VENV)/installed
 	$(BIN)/persona substitute --grid short --out outputs/demo
 	$(BIN)/persona report outputs/demo
 
-## Lint, types, unit tests, and end-to-end tests on the embedded model.
+## Lint, types, unit tests, and end-to-end tests on the embedded model, in WORKERS processes.
 test: $(VENV)/tested
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
-	HF_HUB_OFFLINE=1 $(BIN)/python -m pytest
+	$(PYTEST) $(PARALLEL)
 
-## Run the README's commands again and compare; install the wheel into an empty environment.
+## Run the README's commands again and compare; install the wheel into an empty environment; compute
+## as other processors do.
 test-slow: $(VENV)/tested
-	HF_HUB_OFFLINE=1 $(BIN)/python -m pytest -m slow
+	$(PYTEST) $(PARALLEL) -m slow
 
 ## Run the commands on a real NDIF server, which this installs, starts and stops.
 test-ndif: $(VENV)/tested
-	HF_HUB_OFFLINE=1 $(BIN)/python -m pytest -m ndif
+	$(PYTEST) -m ndif
 
 ## Fuzz whatever reads a text or a file for SECONDS, guided by coverage (Linux).
 fuzz: $(VENV)/tested

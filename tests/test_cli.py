@@ -7,7 +7,6 @@ import math
 import os
 import subprocess
 import sys
-import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -283,7 +282,6 @@ def test_bad_input(persona: Persona, tiny_dir: TinyDir, case: str, tmp_path: Pat
 @pytest.mark.parametrize("command", ["capture", "substitute", "inject"])
 def test_bad_models(persona: Persona, command: str, tmp_path: Path) -> None:
     (tmp_path / "empty").mkdir()
-    start = time.monotonic()
     for spec, says in (
         ("empty", "no model directory"),
         ("./nowhere", "No such file or directory"),
@@ -293,7 +291,6 @@ def test_bad_models(persona: Persona, command: str, tmp_path: Path) -> None:
         outcome = persona(command, "--model", spec, "--grid", "grid.yaml")
         assert (outcome.code, outcome.out) == (2, "")
         assert says in outcome.err
-    assert time.monotonic() - start < 30
 
 
 def test_input_is_checked_before_weights_are_loaded(

@@ -378,18 +378,18 @@ def test_the_parts_add_up(tiny: Tiny, name: str) -> None:
     one_by_one = Limits(cells=1, rows=100)  # with the same batches the numbers are the same
     whole = results_of(model, plan, [range(n)], one_by_one)
     assert len([key for key in whole if key[0] == "continuation"]) == n
-    assert_same(results_of(model, plan, [range(c, c + 1) for c in range(n)], one_by_one), whole)
+    assert_same(results_of(model, plan, [range(c, c + 1) for c in range(n)], one_by_one), whole, 0)
     uneven = [range(n - 1, n), range(n - 1)]
-    assert_same(results_of(model, plan, uneven, Limits(cells=100, rows=100)), whole)
+    assert_same(results_of(model, plan, uneven, Limits(cells=100, rows=100)), whole, KL32)
 
 
-def assert_same(parts: dict[Any, Any], whole: dict[Any, Any]) -> None:
+def assert_same(parts: dict[Any, Any], whole: dict[Any, Any], close: float) -> None:
     assert parts.keys() == whole.keys()
     for key, value in whole.items():
         if key[0] in ("continuation", "text"):
             assert parts[key] == value, key
         else:
-            assert parts[key] == pytest.approx(value, abs=KL32, nan_ok=True), key
+            assert parts[key] == pytest.approx(value, rel=0, abs=close, nan_ok=True), key
 
 
 def test_attention_is_the_clients_for_a_job_and_then_as_before(tiny: Tiny) -> None:

@@ -10,6 +10,7 @@ import hashlib
 import json
 import os
 import shutil
+import socket
 import sys
 import threading
 import time
@@ -197,10 +198,13 @@ def test_cached_model_without_its_weights() -> None:
     assert "not completely" in refusal("org/model")
 
 
-def test_unknown_model_offline_fails_at_once() -> None:
-    start = time.perf_counter()
+def test_an_unknown_model_is_asked_of_nobody_offline(monkeypatch: pytest.MonkeyPatch) -> None:
+    def asked(*_: object) -> None:
+        pytest.fail("the network was asked")
+
+    for name in ("getaddrinfo", "create_connection"):
+        monkeypatch.setattr(socket, name, asked)
     message = refusal("no-such-org/no-such-model")
-    assert time.perf_counter() - start < 3
     assert "HF_HUB_OFFLINE" in message
     assert "'smollm2-135m'" in message
 
@@ -389,10 +393,8 @@ def test_what_the_hub_does_not_have(fake_hub: type[FakeHub]) -> None:
 
 def test_hub_that_never_answers(fake_hub: type[FakeHub], monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(hub, "DEADLINE", 0.3)
-    start = time.perf_counter()
     message = refusal("org/held")
-    assert time.perf_counter() - start < 1
-    assert "cannot be reached" in message
+    assert "cannot be reached (no answer in 0.3 s)" in message
     assert "a .gguf file or the embedded 'smollm2-135m'" in message
 
 

@@ -1,0 +1,50 @@
+"""The tests that compute, with the arithmetic of other processors and another number of threads."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+TESTS = Path(__file__).parent
+
+KERNELS = {
+    "the first x86-64": {
+        "ATEN_CPU_CAPABILITY": "default",
+        "MKL_ENABLE_INSTRUCTIONS": "SSE4_2",
+        "DNNL_MAX_CPU_ISA": "SSE41",
+        "OMP_NUM_THREADS": "1",
+    },
+    "AVX2, two threads": {
+        "ATEN_CPU_CAPABILITY": "avx2",
+        "MKL_ENABLE_INSTRUCTIONS": "AVX2",
+        "DNNL_MAX_CPU_ISA": "AVX2",
+        "OMP_NUM_THREADS": "2",
+        "OMP_WAIT_POLICY": "passive",  # on however few cores there are
+    },
+}
+
+COMPUTING = (
+    *("arithmetic", "engine", "joint_plan", "kv_cache", "memory", "models", "ndif_backend"),
+    *("numerics", "reference", "reproduction", "shipping", "smollm2", "texts_and_steering"),
+)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", KERNELS)
+def test_other_kernels(name: str) -> None:
+    own = {key: value for key, value in os.environ.items() if not key.startswith("PYTEST_")}
+    done = subprocess.run(
+        [
+            *(sys.executable, "-m", "pytest", "-p", "no:cacheprovider", "--durations=5"),
+            *(f"{TESTS}/test_{part}.py" for part in COMPUTING),
+        ],
+        cwd=TESTS.parent,
+        env={**own, **KERNELS[name]},
+        capture_output=True,
+        text=True,
+    )
+    assert done.returncode == 0, done.stdout[-8000:] + done.stderr[-2000:]
