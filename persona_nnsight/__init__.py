@@ -15,18 +15,18 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from persona_nnsight.errors import PersonaError
-    from persona_nnsight.execution import Interrupted
     from persona_nnsight.experiments.capture import capture
+    from persona_nnsight.experiments.execution import Interrupted
     from persona_nnsight.experiments.inject import inject
     from persona_nnsight.experiments.markers import markers
+    from persona_nnsight.experiments.results import CaptureResult, EditResult, MarkersResult
     from persona_nnsight.experiments.steer import steer
     from persona_nnsight.experiments.substitute import substitute
-    from persona_nnsight.grids import Cell, Grid, Persona, Task
-    from persona_nnsight.models import Model, load_model
+    from persona_nnsight.models.loading import Model, load_model
+    from persona_nnsight.prompts.grids import Cell, Grid, Persona, Task
     from persona_nnsight.reproduction.reproduce import reproduce
-    from persona_nnsight.results import CaptureResult, EditResult, MarkersResult
-    from persona_nnsight.runs import read_table
-    from persona_nnsight.vectors import Vectors
+    from persona_nnsight.storage.run_directory import read_table
+    from persona_nnsight.storage.vectors import Vectors
 
 __all__ = [
     "CaptureResult",
@@ -52,17 +52,17 @@ __all__ = [
 
 _HOME = {
     "PersonaError": "errors",
-    "Interrupted": "execution",
+    "Interrupted": "experiments.execution",
     **{
         name: f"experiments.{name}"
         for name in ("capture", "inject", "markers", "steer", "substitute")
     },
-    **dict.fromkeys(("Cell", "Grid", "Persona", "Task"), "grids"),
-    **dict.fromkeys(("Model", "load_model"), "models"),
-    **dict.fromkeys(("CaptureResult", "EditResult", "MarkersResult"), "results"),
-    "read_table": "runs",
+    **dict.fromkeys(("Cell", "Grid", "Persona", "Task"), "prompts.grids"),
+    **dict.fromkeys(("Model", "load_model"), "models.loading"),
+    **dict.fromkeys(("CaptureResult", "EditResult", "MarkersResult"), "experiments.results"),
+    "read_table": "storage.run_directory",
     "reproduce": "reproduction.reproduce",
-    "Vectors": "vectors",
+    "Vectors": "storage.vectors",
 }
 
 

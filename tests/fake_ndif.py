@@ -29,7 +29,7 @@ from nnsight.schema.request import RequestModel
 from nnsight.tracing.tracer import _saves, dec, inc
 
 from persona_nnsight import Model
-from persona_nnsight.backends.ndif import model_key
+from persona_nnsight.backends.ndif.backend import model_key
 
 KEY = "canary-5b1e9c77"
 """The API key of the tests, which must not turn up anywhere."""
@@ -293,6 +293,6 @@ def share_ssl_context(monkeypatch: pytest.MonkeyPatch) -> None:
 def stop_clocks(monkeypatch: pytest.MonkeyPatch) -> Clock:
     """Put a `Clock` in the place of time, where it is waited."""
     clock = Clock()
-    for module in ("ndif", "courier", "server"):
-        monkeypatch.setattr(f"persona_nnsight.backends.{module}.time", clock)
+    for module in ("backend", "courier", "server"):
+        monkeypatch.setattr(f"persona_nnsight.backends.ndif.{module}.time", clock)
     return clock

@@ -14,7 +14,11 @@ from multiprocessing.context import ForkServerProcess
 _context = multiprocessing.get_context("forkserver")
 _context.set_forkserver_preload(
     [
-        *("persona_cli.app", "persona_nnsight.execution", "persona_nnsight.backends.parts"),
+        *(
+            "persona_cli.app",
+            "persona_nnsight.experiments.execution",
+            "persona_nnsight.storage.kept_events",
+        ),
         *(f"persona_nnsight.experiments.{name}" for name in ("capture", "inject", "substitute")),
         *("nnsight.modeling.transformers", "transformers.models.llama.modeling_llama"),
         *("transformers.models.auto.modeling_auto", "transformers.pipelines.text_generation"),
@@ -39,12 +43,12 @@ def start(arguments: Sequence[object], interval: float) -> ForkServerProcess:
 def _persona(directory: str, arguments: Sequence[str], interval: float) -> None:
     from persona_cli.app import main
 
-    from persona_nnsight.backends import parts
+    from persona_nnsight.storage import kept_events
 
     os.chdir(directory)
     words = os.open("words", os.O_WRONLY | os.O_CREAT | os.O_APPEND)
     os.dup2(words, 1)
     os.dup2(words, 2)
-    parts._INTERVAL = interval
+    kept_events._INTERVAL = interval
     sys.argv = ["persona", *arguments]
     main(list(arguments))

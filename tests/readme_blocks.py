@@ -19,11 +19,11 @@ from functools import cache
 from pathlib import Path
 
 import pandas as pd
-from persona_cli import reproduce
+from persona_cli.commands import reproduce
 from rich.console import Console
 
-from persona_nnsight.findings import findings
-from persona_nnsight.runs import read_table
+from persona_nnsight.analysis.findings import findings
+from persona_nnsight.storage.run_directory import read_table
 
 PROJECT = Path(__file__).parents[1]
 
@@ -154,7 +154,7 @@ def help_text(name: str) -> str:
 
 def models() -> str:
     """``persona models`` on a machine with nothing but the embedded model, in the usual place."""
-    from persona_nnsight.weights import resolve
+    from persona_nnsight.models.weights.resolve import resolve
 
     ready = Path(resolve("smollm2-135m", fetch=False).path)
     (workspace() / "cache" / "models").mkdir(parents=True)

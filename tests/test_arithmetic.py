@@ -10,15 +10,15 @@ from rounding import tolerance
 from torch import tensor
 
 from persona_nnsight import measures
-from persona_nnsight.conditions import (
+from persona_nnsight.method.conditions import (
     HOST,
     INJECT_CONDITIONS,
     STEER,
     SUBSTITUTE_CONDITIONS,
 )
-from persona_nnsight.geometry import decompose
-from persona_nnsight.interventions import edit_vector, seeded_noise
-from persona_nnsight.measures import window_kl
+from persona_nnsight.method.edit_vectors import edit_vector, seeded_noise
+from persona_nnsight.method.geometry import decompose
+from persona_nnsight.method.kl import window_kl
 
 H = {
     "BB": tensor([1.0, 0.0, 0.0]),

@@ -30,7 +30,7 @@ from tokenizers import AddedToken
 from transformers import AutoTokenizer
 
 from persona_nnsight import Grid, Model, capture, substitute
-from persona_nnsight.weights import embedded
+from persona_nnsight.models.weights import embedded
 
 TinyDir = Callable[..., Path]
 Change = Callable[[Path], object]
@@ -561,7 +561,7 @@ def test_a_model_on_a_failing_disk(
 
     Path("model").symlink_to(tiny_dir("llama"))
     Path("one.gguf").write_bytes(b"GGUF")
-    monkeypatch.setattr("persona_nnsight.weights.model_files.file_sha256", broken)
+    monkeypatch.setattr("persona_nnsight.models.weights.model_files.file_sha256", broken)
     outcome = persona("capture", "-m", spec, "-g", "grid.yaml", "-o", OUT)
     refused(outcome, f"The files of {spec!r} cannot be read (Input/output error)")
 

@@ -8,7 +8,7 @@ import warnings
 import numpy as np
 import pytest
 
-from persona_nnsight.bootstrap import Floats, drawn_means, drawn_medians, interval
+from persona_nnsight.analysis.bootstrap import Floats, drawn_means, drawn_medians, interval
 
 
 def interval_of_medians(values: Floats) -> list[tuple[float, float]]:

@@ -21,8 +21,8 @@ from safetensors.torch import load_file
 
 from persona_nnsight import Grid, Model, capture, inject, read_table, substitute
 from persona_nnsight.backends.local import LocalBackend
-from persona_nnsight.conditions import SUBSTITUTE_CONDITIONS
-from persona_nnsight.costs import Limits
+from persona_nnsight.method.conditions import SUBSTITUTE_CONDITIONS
+from persona_nnsight.plan.costs import Limits
 
 TinyDir = Callable[..., Path]
 

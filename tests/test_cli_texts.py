@@ -13,7 +13,7 @@ from gguf import GGUFReader
 from test_texts_and_steering import MARKED
 
 from persona_nnsight import Model, read_table, steer
-from persona_nnsight.vectors import Vectors
+from persona_nnsight.storage.vectors import Vectors
 
 TinyDir = Callable[..., Path]
 

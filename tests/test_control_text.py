@@ -14,7 +14,7 @@ from tiny import CHATML, CHATML_DEFAULT_SYSTEM, NO_SYSTEM, THINKING, save_tokeni
 from tokenizers import AddedToken, normalizers
 
 from persona_nnsight import PersonaError
-from persona_nnsight.prompts import encode_prompt
+from persona_nnsight.prompts.encoding import encode_prompt
 
 LLAMA_2 = (
     "{% set ns = namespace(system='') %}{{ bos_token }}"

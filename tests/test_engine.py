@@ -14,10 +14,10 @@ from tiny import FAMILIES
 
 from persona_nnsight import EditResult, Grid, Model, capture, inject, substitute
 from persona_nnsight.backends.local import LocalBackend
-from persona_nnsight.conditions import SUBSTITUTE_CONDITIONS
-from persona_nnsight.costs import Limits
-from persona_nnsight.grids import Cell
-from persona_nnsight.interventions import seeded_noise
+from persona_nnsight.method.conditions import SUBSTITUTE_CONDITIONS
+from persona_nnsight.method.edit_vectors import seeded_noise
+from persona_nnsight.plan.costs import Limits
+from persona_nnsight.prompts.grids import Cell
 
 Tiny = Callable[..., Model]
 

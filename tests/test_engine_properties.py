@@ -25,17 +25,17 @@ from torch import Tensor
 
 from persona_nnsight import Grid, Model, load_model
 from persona_nnsight.backends.local import LocalBackend
-from persona_nnsight.conditions import INJECT_CONDITIONS, STEER, SUBSTITUTE_CONDITIONS
-from persona_nnsight.costs import Limits
-from persona_nnsight.execution import execute
 from persona_nnsight.experiments.capture import plan_capture
+from persona_nnsight.experiments.execution import execute
 from persona_nnsight.experiments.inject import plan_inject
+from persona_nnsight.experiments.results import CaptureResult, EditResult, Result
 from persona_nnsight.experiments.steer import plan_steer
 from persona_nnsight.experiments.substitute import plan_substitute
-from persona_nnsight.interventions import seeded_noise
-from persona_nnsight.plan import Edit, Plan
-from persona_nnsight.results import CaptureResult, EditResult, Result
-from persona_nnsight.sites import generated_index
+from persona_nnsight.method.conditions import INJECT_CONDITIONS, STEER, SUBSTITUTE_CONDITIONS
+from persona_nnsight.method.edit_vectors import seeded_noise
+from persona_nnsight.method.sites import generated_index
+from persona_nnsight.plan.costs import Limits
+from persona_nnsight.plan.plan import Edit, Plan
 
 #: Logits of two tokens that are closer than this may be taken for each other.
 CLOSE_CALL = 2 * tolerance(torch.float64)

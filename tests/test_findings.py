@@ -10,9 +10,14 @@ from pathlib import Path
 import pandas as pd
 import pytest
 
-from persona_nnsight.findings import findings
-from persona_nnsight.runs import read_table
-from persona_nnsight.tables import contrasts, kl_summary, marker_contrasts, marker_summary
+from persona_nnsight.analysis.findings import findings
+from persona_nnsight.analysis.kl_tables import (
+    contrasts,
+    kl_summary,
+    marker_contrasts,
+    marker_summary,
+)
+from persona_nnsight.storage.run_directory import read_table
 
 NAN = math.nan
 

@@ -15,9 +15,9 @@ from hypothesis import strategies as st
 from hypothesis.strategies import DataObject, SearchStrategy
 
 from persona_nnsight import Grid
-from persona_nnsight.conditions import SUBSTITUTE_CONDITIONS
 from persona_nnsight.errors import PersonaError
 from persona_nnsight.experiments.steer import parse_factors
+from persona_nnsight.method.conditions import SUBSTITUTE_CONDITIONS
 
 samples = cache(run_files)
 

@@ -5,8 +5,8 @@ from pathlib import Path
 import pytest
 
 from persona_nnsight.errors import PersonaError
-from persona_nnsight.grid_import import grid_from_script
-from persona_nnsight.grids import Grid, Persona, Task
+from persona_nnsight.prompts.grid_import import grid_from_script
+from persona_nnsight.prompts.grids import Grid, Persona, Task
 
 P = "PERSONAS = {'a': 'Ada', 'b': 'Bob'}\n"
 T = "TASKS = {'t': 'Go.', 'u': 'Stop.'}\n"

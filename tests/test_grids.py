@@ -10,12 +10,12 @@ from typing import Any
 import pytest
 import typer
 import yaml
-from persona_cli.grids import app as grids_app
+from persona_cli.commands.grids import app as grids_app
 from typer.testing import CliRunner
 
 from persona_nnsight.errors import PersonaError
-from persona_nnsight.grids import Grid, Persona, Task, slug
-from persona_nnsight.strict_yaml import read_small_file
+from persona_nnsight.prompts.grids import Grid, Persona, Task, slug
+from persona_nnsight.prompts.strict_yaml import read_small_file
 
 
 def plain(**changes: Any) -> dict[str, Any]:
@@ -97,13 +97,13 @@ def test_long_grid_personas_fit_the_template_and_have_their_own_markers(persona:
 
 
 def test_every_builtin_file_is_listed_and_named_after_itself() -> None:
-    stored = {f.name for f in (files("persona_nnsight") / "builtin_grids").iterdir()}
+    stored = {f.name for f in (files("persona_nnsight.prompts") / "builtin_grids").iterdir()}
     assert stored == {f"{name}.yaml" for name in Grid.builtin_names()}
     assert [Grid.load(name).name for name in Grid.builtin_names()] == list(Grid.builtin_names())
 
 
 def test_importing_grids_loads_no_model_library() -> None:
-    code = "import sys, persona_nnsight.grids; print('torch' in sys.modules)"
+    code = "import sys, persona_nnsight.prompts.grids; print('torch' in sys.modules)"
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     assert done.stdout.strip() == "False"
 

@@ -12,17 +12,17 @@ from test_texts_and_steering import MARKED
 
 from persona_nnsight import CaptureResult, Grid, Model
 from persona_nnsight.backends.local import LocalBackend
-from persona_nnsight.costs import Limits
-from persona_nnsight.engine import run
-from persona_nnsight.engine.events import Recorded, Scored, Written
-from persona_nnsight.execution import Interrupted, execute, execute_together
+from persona_nnsight.engine.run import run
 from persona_nnsight.experiments.capture import plan_capture
+from persona_nnsight.experiments.execution import Interrupted, execute, execute_together
 from persona_nnsight.experiments.inject import plan_inject
 from persona_nnsight.experiments.markers import plan_markers
 from persona_nnsight.experiments.steer import plan_steer
 from persona_nnsight.experiments.substitute import plan_substitute
-from persona_nnsight.joint_plan import join
-from persona_nnsight.plan import Plan
+from persona_nnsight.plan.costs import Limits
+from persona_nnsight.plan.events import Recorded, Scored, Written
+from persona_nnsight.plan.joining import join
+from persona_nnsight.plan.plan import Plan
 
 Tiny = Callable[..., Model]
 

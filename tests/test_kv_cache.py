@@ -25,7 +25,7 @@ from persona_nnsight.engine.attention import grouped_attention
 from persona_nnsight.engine.inputs import forward_inputs
 from persona_nnsight.engine.kv_cache import KVCache, gather
 from persona_nnsight.engine.prefill import prefill
-from persona_nnsight.prefix_tree import PrefixTree, prefix_tree
+from persona_nnsight.plan.prefix_tree import PrefixTree, prefix_tree
 
 Tiny = Callable[..., Model]
 Tokens = list[int]

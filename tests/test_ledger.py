@@ -12,11 +12,11 @@ import pytest
 import torch
 
 from persona_nnsight import PersonaError
-from persona_nnsight.backends.journal import Journal, Origin
-from persona_nnsight.backends.ledger import DONE, SENT, WAITING, Job, Ledger
-from persona_nnsight.backends.packing import pack, unpack
-from persona_nnsight.engine.events import Event, Recorded, Scored, Written
-from persona_nnsight.runs import check_free, save_run
+from persona_nnsight.backends.ndif.ledger import DONE, SENT, WAITING, Job, Ledger
+from persona_nnsight.plan.events import Event, Recorded, Scored, Written
+from persona_nnsight.plan.packing import pack, unpack
+from persona_nnsight.storage.journal import Journal, Origin
+from persona_nnsight.storage.run_directory import check_free, save_run
 
 EVENTS = json.dumps({"recorded": [], "scored": [[0, 1, 0.1, 2]], "written": []})
 TENSORS = {"0.geometry.cos": torch.tensor([1.5, math.nan, -math.inf])}

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 
-from persona_nnsight.marker_words import distinct_markers, find_markers
+from persona_nnsight.method.marker_words import distinct_markers, find_markers
 
 
 @pytest.mark.parametrize(

@@ -16,10 +16,10 @@ from transformers import LlamaConfig
 
 from persona_nnsight import Grid, Model, PersonaError, engine
 from persona_nnsight.backends.local import LocalBackend
-from persona_nnsight.costs import Limits, fit_limits, working_bytes
 from persona_nnsight.engine.memory import in_batches
-from persona_nnsight.execution import execute
+from persona_nnsight.experiments.execution import execute
 from persona_nnsight.experiments.substitute import plan_substitute, substitute
+from persona_nnsight.plan.costs import Limits, fit_limits, working_bytes
 
 Tiny = Callable[..., Model]
 

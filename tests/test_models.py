@@ -15,7 +15,7 @@ from test_engine import cell_prompts, lookup
 from tiny import FAMILIES, N_LAYERS, make_model_dir
 
 from persona_nnsight import Model, PersonaError, capture, load_model, substitute
-from persona_nnsight.module_tree import find_tree
+from persona_nnsight.models.module_tree import find_tree
 
 TinyDir = Callable[..., Path]
 Tiny = Callable[..., Model]

@@ -51,18 +51,18 @@ from persona_nnsight import (
     steer,
     substitute,
 )
-from persona_nnsight.backends import Detached
-from persona_nnsight.backends.journal import Journal
-from persona_nnsight.backends.ledger import DONE as HERE
-from persona_nnsight.backends.ledger import FAILED, SENT, Ledger
+from persona_nnsight.backends.interface import Detached
 from persona_nnsight.backends.local import LocalBackend
-from persona_nnsight.backends.ndif import NdifBackend
-from persona_nnsight.backends.server import Server
+from persona_nnsight.backends.ndif.backend import NdifBackend
+from persona_nnsight.backends.ndif.ledger import DONE as HERE
+from persona_nnsight.backends.ndif.ledger import FAILED, SENT, Ledger
+from persona_nnsight.backends.ndif.server import Server
 from persona_nnsight.backends.simulate import SimulatedBackend
-from persona_nnsight.costs import Limits
-from persona_nnsight.execution import Interrupted
-from persona_nnsight.plan import Plan
-from persona_nnsight.results import Result
+from persona_nnsight.experiments.execution import Interrupted
+from persona_nnsight.experiments.results import Result
+from persona_nnsight.plan.costs import Limits
+from persona_nnsight.plan.plan import Plan
+from persona_nnsight.storage.journal import Journal
 
 Tiny = Callable[..., Model]
 TinyDir = Callable[..., Path]
@@ -851,7 +851,7 @@ def test_reproduce_in_two_passes(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     """Detached, both passes are sent at once; they come back in whatever order."""
-    monkeypatch.setattr("persona_nnsight.report.write_report", lambda _: None)  # slow
+    monkeypatch.setattr("persona_nnsight.report.write.write_report", lambda _: None)  # slow
     for name, key in (("short", "yoda"), ("long", "marx")):
         data: dict[str, Any] = TINY_GRID.to_dict()
         data["personas"] = {key: data["personas"][key], "chef": "a chef"}
@@ -952,7 +952,7 @@ def test_the_jobs_of_another_host(command: Command, fake: FakeNdif, persona: Per
     assert command("--detach").code == 0
     change_pending(lambda pending: pending["state"].update(host="http://127.0.0.1:9"))
     with pytest.MonkeyPatch.context() as impatient:
-        impatient.setattr("persona_nnsight.backends.server.time", Clock())
+        impatient.setattr("persona_nnsight.backends.ndif.server.time", Clock())
         outcome = persona("resume", "run")
     assert outcome.code == 2
     assert "http://127.0.0.1:9 does not answer" in outcome.err

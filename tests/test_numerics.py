@@ -25,8 +25,8 @@ from torch import Tensor
 
 from persona_nnsight import Grid, Model, capture, load_model, substitute
 from persona_nnsight.backends.local import LocalBackend
-from persona_nnsight.costs import Limits
 from persona_nnsight.errors import PersonaError
+from persona_nnsight.plan.costs import Limits
 
 Tiny = Callable[..., Model]
 Change = Callable[[dict[str, Tensor]], None]

@@ -29,8 +29,8 @@ def test_contents(wheel: Path) -> None:
     tops = {name.split("/")[0] for name in names}
     assert tops == {"persona_nnsight", "persona_cli", f"{wheel.name.split('-py3')[0]}.dist-info"}
     for needed in (
-        "persona_nnsight/builtin_grids/short.yaml",
-        "persona_nnsight/builtin_grids/long.yaml",
+        "persona_nnsight/prompts/builtin_grids/short.yaml",
+        "persona_nnsight/prompts/builtin_grids/long.yaml",
         "persona_nnsight/py.typed",
         "persona_nnsight/reproduction/published.csv",
     ):

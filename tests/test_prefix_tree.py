@@ -8,9 +8,9 @@ from itertools import pairwise
 
 import pytest
 
-from persona_nnsight.plan import CellPlan, Edit, Plan
-from persona_nnsight.prefix_tree import PrefixTree, Segment, lay_out, prefix_tree
-from persona_nnsight.prompts import Prompt
+from persona_nnsight.plan.plan import CellPlan, Edit, Plan
+from persona_nnsight.plan.prefix_tree import PrefixTree, Segment, lay_out, prefix_tree
+from persona_nnsight.prompts.encoding import Prompt
 
 Tokens = tuple[int, ...]
 

@@ -10,7 +10,7 @@ from conftest import TINY_GRID
 from tiny import CHATML, CHATML_DEFAULT_SYSTEM, NO_SYSTEM, THINKING, save_tokenizer
 
 from persona_nnsight import PersonaError, capture
-from persona_nnsight.prompts import encode_prompt
+from persona_nnsight.prompts.encoding import encode_prompt
 
 TEXT = "As Yoda, write a haiku."
 

@@ -22,20 +22,11 @@ import matplotlib as mpl
 import pandas as pd
 import pytest
 import typer
-from persona_cli import report as cli_report
+from persona_cli.commands import report as cli_report
 from typer.testing import CliRunner
 
 from persona_nnsight import PersonaError
-from persona_nnsight.grids import Grid
-from persona_nnsight.report import numbers, write_report
-from persona_nnsight.report import write as writing
-from persona_nnsight.report.figures import canvas
-from persona_nnsight.report.figures.canvas import inline_svg
-from persona_nnsight.report.figures.kl import cell_dots
-from persona_nnsight.report.figures.lines import EQUALS, Line, line_panel
-from persona_nnsight.report.generations import highlight
-from persona_nnsight.runs import read_table
-from persona_nnsight.tables import (
+from persona_nnsight.analysis.kl_tables import (
     Text,
     contrasts,
     kl_summary,
@@ -43,6 +34,16 @@ from persona_nnsight.tables import (
     marker_summary,
     marker_table,
 )
+from persona_nnsight.prompts.grids import Grid
+from persona_nnsight.report import numbers
+from persona_nnsight.report import write as writing
+from persona_nnsight.report.figures import canvas
+from persona_nnsight.report.figures.canvas import inline_svg
+from persona_nnsight.report.figures.lines import EQUALS, Line, line_panel
+from persona_nnsight.report.figures.substitute import cell_dots
+from persona_nnsight.report.generations import highlight
+from persona_nnsight.report.write import write_report
+from persona_nnsight.storage.run_directory import read_table
 
 SCRIPT = "<script>document.title = 'ran'</script>"
 FINDING = "At p_last the additive vector is < its controls & so on."
@@ -533,7 +534,7 @@ def test_findings_are_shown_as_text(
         asked[command] = set(tables)
         return [FINDING]
 
-    monkeypatch.setattr("persona_nnsight.findings.findings", findings)
+    monkeypatch.setattr("persona_nnsight.analysis.findings.findings", findings)
     page = write_report([runs["inject"], runs["capture"]], tmp_path).read_text("utf-8")
     assert page.count("<li>At p_last the additive vector is &lt; its controls &amp; so on.") == 2
     assert asked == {"inject": {"summary", "contrasts"}, "capture": {"geometry"}}
@@ -944,7 +945,7 @@ def test_the_command_prints_where_the_report_is(
 
 def test_the_command_is_quick_to_import() -> None:
     code = (
-        "import sys, persona_cli.report\n"
+        "import sys, persona_cli.commands.report\n"
         "print([m for m in ('torch', 'pandas', 'matplotlib', 'jinja2') if m in sys.modules])"
     )
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)

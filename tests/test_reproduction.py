@@ -13,8 +13,8 @@ from conftest import TINY_GRID, Persona
 from rounding import KL32, assert_same_table
 
 from persona_nnsight import Grid, Model, PersonaError, inject, read_table, substitute
-from persona_nnsight.engine import run
-from persona_nnsight.execution import execute
+from persona_nnsight.engine.run import run
+from persona_nnsight.experiments.execution import execute
 from persona_nnsight.experiments.markers import markers
 from persona_nnsight.reproduction import protocol
 from persona_nnsight.reproduction.protocol import (
@@ -303,17 +303,23 @@ def test_interrupting_the_command(
         (tmp_path / f"{name}.yaml").write_text(grid.to_yaml(), encoding="utf-8")
     grids = ("-g", "short=short.yaml", "-g", "long=long.yaml")
     command = ("reproduce", "-m", tiny_dir("llama"), "--only", "table1,table4", *grids, "--out")
-    monkeypatch.setattr("persona_nnsight.report.write_report", lambda _: None)  # takes its time
+    monkeypatch.setattr(
+        "persona_nnsight.report.write.write_report", lambda _: None
+    )  # takes its time
     seen: list[object] = []
     passes: list[int] = []
     with monkeypatch.context() as watched:
-        watched.setattr("persona_nnsight.execution.run", engine_cut_off(10**9, seen, passes))
+        watched.setattr(
+            "persona_nnsight.experiments.execution.run", engine_cut_off(10**9, seen, passes)
+        )
         assert persona(*command, "whole").code == 0
     assert len(passes) == 2
     for stop in (1, passes[1], len(seen) - 5):
         out = Path(f"cut{stop}")
         with monkeypatch.context() as stopped:
-            stopped.setattr("persona_nnsight.execution.run", engine_cut_off(stop, [], []))
+            stopped.setattr(
+                "persona_nnsight.experiments.execution.run", engine_cut_off(stop, [], [])
+            )
             outcome = persona(*command, out)
         assert outcome.code == 130, outcome.err
         assert f"`persona resume {out}` goes on" in outcome.err

@@ -9,7 +9,7 @@ import torch
 from safetensors import safe_open
 from safetensors.torch import load_file
 
-from persona_nnsight.residuals import Residuals
+from persona_nnsight.storage.residuals import Residuals
 
 
 @pytest.fixture

@@ -13,12 +13,12 @@ import pytest
 from conftest import Outcome, Persona
 from tiny import make_model_dir
 
-from persona_nnsight.backends import parts
-from persona_nnsight.backends.journal import Journal, hold
-from persona_nnsight.costs import Limits
-from persona_nnsight.engine import run as engine
-from persona_nnsight.engine.events import Done, Event, Recorded, Scored, Written
+from persona_nnsight.engine.run import run as engine
 from persona_nnsight.errors import OutOfMemoryError, PersonaError
+from persona_nnsight.plan.costs import Limits
+from persona_nnsight.plan.events import Done, Event, Recorded, Scored, Written
+from persona_nnsight.storage import kept_events
+from persona_nnsight.storage.journal import Journal, hold
 
 TinyDir = Callable[..., Path]
 
@@ -51,9 +51,9 @@ COMMANDS: dict[str, tuple[str, ...]] = {
 @pytest.fixture(autouse=True)
 def small_and_often(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("persona_nnsight.backends.local.fit_limits", lambda *_, **__: SMALL)
-    monkeypatch.setattr(parts, "_INTERVAL", 0.0)
-    for module in ("runs", "backends.journal"):  # a disk takes its time
-        monkeypatch.setattr(f"persona_nnsight.{module}.sync", lambda _: None)
+    monkeypatch.setattr(kept_events, "_INTERVAL", 0.0)
+    for module in ("run_directory", "journal"):  # a disk takes its time
+        monkeypatch.setattr(f"persona_nnsight.storage.{module}.sync", lambda _: None)
 
 
 def cut_off(after: int, error: BaseException, seen: list[Event]) -> Callable[..., Any]:
@@ -104,7 +104,9 @@ def test_the_same_bytes_wherever_it_stops(
     model = tiny_dir("llama")
     seen: list[Event] = []
     with monkeypatch.context() as watched:
-        watched.setattr("persona_nnsight.execution.run", cut_off(-1, KeyboardInterrupt(), seen))
+        watched.setattr(
+            "persona_nnsight.experiments.execution.run", cut_off(-1, KeyboardInterrupt(), seen)
+        )
         assert persona(*command(name, model, "whole")).code == 0
     whole, said = contents(Path("whole")), facts(Path("whole"))
     stops = {1, len(seen) // 2, len(seen) - 1} - {0, len(seen)}
@@ -112,7 +114,7 @@ def test_the_same_bytes_wherever_it_stops(
         out = Path(f"cut{stop}")
         with monkeypatch.context() as stopped:
             until = cut_off(stop, KeyboardInterrupt(), [])
-            stopped.setattr("persona_nnsight.execution.run", until)
+            stopped.setattr("persona_nnsight.experiments.execution.run", until)
             outcome = persona(*command(name, model, out))
         assert outcome.code == 130
         assert "Interrupted" in outcome.err
@@ -121,7 +123,9 @@ def test_the_same_bytes_wherever_it_stops(
         again: list[Event] = []
         with monkeypatch.context() as watched:
             watched.setattr("persona_nnsight.backends.local.fit_limits", lambda *_, **__: OTHER)
-            watched.setattr("persona_nnsight.execution.run", cut_off(-1, ValueError(), again))
+            watched.setattr(
+                "persona_nnsight.experiments.execution.run", cut_off(-1, ValueError(), again)
+            )
             outcome = persona("resume", out)
         assert outcome.code == 0, outcome.err
         assert contents(out) == whole
@@ -146,9 +150,9 @@ def test_a_resumed_run_keeps_its_batch_sizes(
         return run
 
     stopped = watched(cut_off(3, KeyboardInterrupt(), []))
-    monkeypatch.setattr("persona_nnsight.execution.run", stopped)
+    monkeypatch.setattr("persona_nnsight.experiments.execution.run", stopped)
     assert persona(*command("substitute", tiny_dir("llama"), "run")).code == 130
-    monkeypatch.setattr("persona_nnsight.execution.run", watched(engine))
+    monkeypatch.setattr("persona_nnsight.experiments.execution.run", watched(engine))
     monkeypatch.setattr("persona_nnsight.backends.local.fit_limits", lambda *_, **__: OTHER)
     assert persona("resume", "run").code == 0
     assert persona(*command("substitute", tiny_dir("llama"), "other")).code == 0
@@ -165,7 +169,7 @@ def test_stopped_again_and_again(
     while not Path("run/run.json").exists():
         with monkeypatch.context() as stopped:
             until = cut_off(20, KeyboardInterrupt(), [])
-            stopped.setattr("persona_nnsight.execution.run", until)
+            stopped.setattr("persona_nnsight.experiments.execution.run", until)
             outcome = persona(*arguments)
         assert outcome.code in (0, 130), outcome.err
         arguments = ("resume", "run")
@@ -178,7 +182,9 @@ def test_stopped_again_and_again(
 def test_before_anything_is_finished(
     persona: Persona, tiny_dir: TinyDir, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("persona_nnsight.execution.run", cut_off(0, KeyboardInterrupt(), []))
+    monkeypatch.setattr(
+        "persona_nnsight.experiments.execution.run", cut_off(0, KeyboardInterrupt(), [])
+    )
     outcome = persona(*command("capture", tiny_dir("llama"), "run"))
     assert outcome.code == 130
     assert "nothing was written" in outcome.err
@@ -192,7 +198,7 @@ def test_memory_that_runs_out_keeps_what_is_finished(
     assert persona(*command("inject", model, "whole")).code == 0
     error = OutOfMemoryError("Memory ran out with a single row (9 GB); free some.")
     with monkeypatch.context() as stopped:
-        stopped.setattr("persona_nnsight.execution.run", cut_off(9, error, []))
+        stopped.setattr("persona_nnsight.experiments.execution.run", cut_off(9, error, []))
         outcome = persona(*command("inject", model, "run"))
     assert_one_sentence(outcome, "9 GB", "What was finished is kept: `persona resume run`.")
     assert persona("resume", "run").code == 0
@@ -203,7 +209,7 @@ def test_an_error_that_would_come_again_leaves_nothing(
     persona: Persona, tiny_dir: TinyDir, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     error = PersonaError("The residual is not finite at layer 3.")
-    monkeypatch.setattr("persona_nnsight.execution.run", cut_off(9, error, []))
+    monkeypatch.setattr("persona_nnsight.experiments.execution.run", cut_off(9, error, []))
     outcome = persona(*command("inject", tiny_dir("llama"), "run"))
     assert_one_sentence(outcome, "not finite at layer 3")
     assert "resume" not in outcome.err
@@ -248,12 +254,14 @@ def test_a_disk_that_is_full_at_the_end(
         raise OSError(28, "No space left on device")
 
     with monkeypatch.context() as small_disk:
-        small_disk.setattr("persona_nnsight.results.run_manifest", full)
+        small_disk.setattr("persona_nnsight.experiments.results.run_manifest", full)
         outcome = persona(*command("inject", tiny_dir("llama"), "run"))
     assert_one_sentence(outcome, "No space left on device", "make room and `persona resume run`")
     assert sorted(path.name for path in Path("run").iterdir()) == ["parts", "pending.json"]
     seen: list[Event] = []
-    monkeypatch.setattr("persona_nnsight.execution.run", cut_off(-1, ValueError(), seen))
+    monkeypatch.setattr(
+        "persona_nnsight.experiments.execution.run", cut_off(-1, ValueError(), seen)
+    )
     assert persona("resume", "run").code == 0
     assert not seen
 
@@ -261,7 +269,9 @@ def test_a_disk_that_is_full_at_the_end(
 def started(persona: Persona, monkeypatch: pytest.MonkeyPatch, model: Path, *more: object) -> None:
     """A run in ``run`` that was interrupted half-way."""
     with monkeypatch.context() as stopped:
-        stopped.setattr("persona_nnsight.execution.run", cut_off(9, KeyboardInterrupt(), []))
+        stopped.setattr(
+            "persona_nnsight.experiments.execution.run", cut_off(9, KeyboardInterrupt(), [])
+        )
         assert persona(*command("inject", model, "run"), *more).code == 130
 
 
@@ -405,7 +415,9 @@ def test_interrupted_as_json(
     persona: Persona, tiny_dir: TinyDir, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     with monkeypatch.context() as stopped:
-        stopped.setattr("persona_nnsight.execution.run", cut_off(9, KeyboardInterrupt(), []))
+        stopped.setattr(
+            "persona_nnsight.experiments.execution.run", cut_off(9, KeyboardInterrupt(), [])
+        )
         outcome = persona(*command("inject", tiny_dir("llama"), "run"), "--json")
     assert outcome.code == 130
     assert json.loads(outcome.out) == {"complete": False, "out": "run", "jobs": []}
@@ -437,7 +449,7 @@ def test_parts_are_written_through_before_they_have_a_name(
         rename(source, target)
 
     monkeypatch.setattr(
-        "persona_nnsight.backends.journal.sync", lambda path: steps.append(("sync", path.name))
+        "persona_nnsight.storage.journal.sync", lambda path: steps.append(("sync", path.name))
     )
     monkeypatch.setattr(os, "replace", renamed)
     Journal(tmp_path, "local").keep("a", "{}", {})

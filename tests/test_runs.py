@@ -9,7 +9,7 @@ import pandas as pd
 import pytest
 
 from persona_nnsight import PersonaError, read_table
-from persona_nnsight.runs import check_free, default_directory
+from persona_nnsight.storage.run_directory import check_free, default_directory
 
 
 def test_default_directories_count_up(tmp_path: Path) -> None:

@@ -24,7 +24,7 @@ from persona_cli.app import app
 from test_texts_and_steering import MARKED
 
 from persona_nnsight import Model, PersonaError, capture, load_model, markers
-from persona_nnsight.weights import resolve
+from persona_nnsight.models.weights.resolve import resolve
 
 ROOT = Path(__file__).parents[1]
 
@@ -202,7 +202,7 @@ def test_a_directory_does_not_say_whose_code_is_trusted(
     there = ("--backend", "ndif", "--ndif-host", fake.url, "--detach")
     assert persona("substitute", "-m", tiny_dir("llama"), *SMALL, "-o", "run", *there).code == 0
     with monkeypatch.context() as full:
-        full.setattr("persona_nnsight.results.run_manifest", _no_space)
+        full.setattr("persona_nnsight.experiments.results.run_manifest", _no_space)
         assert persona("substitute", "-m", tiny_dir("llama"), *SMALL, "-o", "local").code == 2
     for out in ("run", "local"):
         pending = json.loads(Path(out, "pending.json").read_text())
@@ -384,7 +384,10 @@ def test_a_grid_that_would_run_something(
 
 
 #: Where text becomes code: a job's own text, in the process that a server gives to it.
-FAR_SIDE = {"persona_nnsight/backends/block.py", "persona_nnsight/backends/there.py"}
+FAR_SIDE = {
+    "persona_nnsight/backends/wire/session.py",
+    "persona_nnsight/backends/wire/importing.py",
+}
 
 
 def forbidden(tree: ast.AST) -> Iterator[str]:
@@ -553,7 +556,7 @@ def test_a_secret_in_the_proxy_is_not_repeated(
 CRASH = """
 import sys
 from persona_cli.app import main
-from persona_nnsight.backends.server import Server
+from persona_nnsight.backends.ndif.server import Server
 def submit(self, *arguments):
     key = self._key
     raise RuntimeError("boom")

@@ -28,8 +28,8 @@ from fake_ndif import (
 )
 
 from persona_nnsight import PersonaError
-from persona_nnsight.backends.server import JobLostError, NoAnswerError, Server
-from persona_nnsight.backends.versions import compare_versions, require_same_nnsight
+from persona_nnsight.backends.ndif.server import JobLostError, NoAnswerError, Server
+from persona_nnsight.backends.ndif.versions import compare_versions, require_same_nnsight
 
 
 @pytest.fixture
@@ -196,7 +196,7 @@ def test_versions_that_differ() -> None:
 
 
 def test_another_patch_of_nnsight_is_the_same(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("persona_nnsight.backends.versions.version", lambda _: "0.8.1")
+    monkeypatch.setattr("persona_nnsight.backends.ndif.versions.version", lambda _: "0.8.1")
     require_same_nnsight({"packages": {"nnsight": "0.8.0"}}, "a-host")
     for theirs, advice in {
         "0.7.3": r"a release of persona-nnsight for nnsight 0\.7",

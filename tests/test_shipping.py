@@ -19,20 +19,21 @@ from rounding import KL32
 from test_texts_and_steering import MARKED
 
 from persona_nnsight import Grid, Model, PersonaError, capture
-from persona_nnsight.backends import job, shipping, there
-from persona_nnsight.backends.block import Envelope, run_block
-from persona_nnsight.backends.packing import pack, unpack
-from persona_nnsight.backends.shipping import shipped_name, shipped_sources
-from persona_nnsight.costs import Limits
-from persona_nnsight.engine import run
-from persona_nnsight.engine.events import Recorded, Scored, Written
+from persona_nnsight.backends.wire import importing, job
+from persona_nnsight.backends.wire import sources as shipping
+from persona_nnsight.backends.wire.session import Envelope, run_block
+from persona_nnsight.backends.wire.sources import shipped_name, shipped_sources
+from persona_nnsight.engine.run import run
 from persona_nnsight.experiments.capture import plan_capture
 from persona_nnsight.experiments.inject import plan_inject
 from persona_nnsight.experiments.markers import plan_markers
 from persona_nnsight.experiments.steer import plan_steer
 from persona_nnsight.experiments.substitute import plan_substitute
-from persona_nnsight.plan import Plan
-from persona_nnsight.plan_data import from_data, part_of, to_data
+from persona_nnsight.plan.costs import Limits
+from persona_nnsight.plan.data import from_data, part_of, to_data
+from persona_nnsight.plan.events import Recorded, Scored, Written
+from persona_nnsight.plan.packing import pack, unpack
+from persona_nnsight.plan.plan import Plan
 
 Tiny = Callable[..., Model]
 
@@ -108,7 +109,7 @@ def test_other_text_has_another_name(
     assert shipped_sources(MODULES) == sources
     read = shipping._source
     names = {next(iter(sources))}
-    for changed in ("persona_nnsight.engine", "persona_nnsight.plan"):
+    for changed in ("persona_nnsight.engine", "persona_nnsight.plan.plan"):
         shipped_sources.cache_clear()
         monkeypatch.setattr(
             shipping, "_source", lambda name, c=changed: read(name) + "\n" * (name == c)
@@ -119,7 +120,7 @@ def test_other_text_has_another_name(
 
 
 def test_the_bootstrap_imports_the_standard_library_alone() -> None:
-    with open(str(there.__file__), encoding="utf-8") as file:
+    with open(str(importing.__file__), encoding="utf-8") as file:
         found = {module.split(".")[0] for module, _ in imports(ast.parse(file.read()))}
     assert found <= sys.stdlib_module_names
 
@@ -204,7 +205,7 @@ def state() -> tuple[set[str], list[Any]]:
 
 def test_there_leaves_no_trace() -> None:
     before = state()
-    assert there.run("a model", FAR, "_far.main:work", {"x": 4}) == {"lm": "a model", "x": 8}
+    assert importing.run("a model", FAR, "_far.main:work", {"x": 4}) == {"lm": "a model", "x": 8}
     assert state() == before
 
 
@@ -220,7 +221,7 @@ def test_there_leaves_no_trace() -> None:
 def test_there_leaves_no_trace_of_a_failure(entry: str, error: type[Exception], words: str) -> None:
     before = state()
     with pytest.raises(error, match=words):
-        there.run(None, FAR, entry, {"x": None})
+        importing.run(None, FAR, entry, {"x": None})
     assert state() == before
 
 
@@ -236,13 +237,13 @@ def test_a_failing_job_leaves_no_trace(tiny: Tiny, sources: dict[str, str]) -> N
     entry = f"{shipped_name(job.__name__, sources)}:run_job"
     before = state()
     with pytest.raises(Exception, match="asks for float64"):
-        there.run(model.lm, sources, entry, request)
+        importing.run(model.lm, sources, entry, request)
     assert state() == before
 
 
 def test_tracebacks_show_the_far_source() -> None:
     with pytest.raises(ValueError, match="far trouble") as failed:
-        there.run(None, FAR, "_far.main:work", {"x": None})
+        importing.run(None, FAR, "_far.main:work", {"x": None})
     frame = failed.traceback[-1]
     assert str(frame.path).endswith("<_far.main>") or "<_far.main>" in str(frame)
     line = linecache.getline("<_far.main>", frame.lineno + 1)
@@ -257,11 +258,11 @@ def test_two_versions_live_side_by_side() -> None:
         """A model whose use runs another job."""
 
         def result(self) -> Any:
-            return there.run(None, new, "_far_2.main:work", {})
+            return importing.run(None, new, "_far_2.main:work", {})
 
     old["_far_1.main"] = "def work(lm):\n    return (lm.result(), __name__)\n"
     before = state()
-    found: Any = there.run(Nested(), old, "_far_1.main:work", {})
+    found: Any = importing.run(Nested(), old, "_far_1.main:work", {})
     assert found == (2, "_far_1.main")
     assert state() == before
 
@@ -269,9 +270,9 @@ def test_two_versions_live_side_by_side() -> None:
 def test_an_installed_package_of_the_same_name_is_not_touched() -> None:
     import persona_nnsight
 
-    there.run(None, FAR, "_far.main:work", {"x": 1})
+    importing.run(None, FAR, "_far.main:work", {"x": 1})
     assert sys.modules["persona_nnsight"] is persona_nnsight
-    assert importlib.import_module("persona_nnsight.plan").Plan is Plan
+    assert importlib.import_module("persona_nnsight.plan.plan").Plan is Plan
 
 
 # --------------------------------------------------------------------------------- plans in parts

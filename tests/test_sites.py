@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 
 from persona_nnsight import PersonaError
-from persona_nnsight.sites import (
+from persona_nnsight.method.sites import (
     DEFAULT_LAYERS,
     format_layers,
     generated_index,

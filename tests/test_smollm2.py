@@ -23,7 +23,7 @@ from persona_nnsight import (
     steer,
     substitute,
 )
-from persona_nnsight.tables import KL_FLOOR
+from persona_nnsight.analysis.kl_tables import KL_FLOOR
 
 pytestmark = pytest.mark.smollm2
 

@@ -11,11 +11,8 @@ import pandas as pd
 import pytest
 import torch
 
-from persona_nnsight.bootstrap import drawn_medians, interval
-from persona_nnsight.engine.events import Scored
-from persona_nnsight.grids import Grid
-from persona_nnsight.plan import CellPlan, Edit, Plan
-from persona_nnsight.tables import (
+from persona_nnsight.analysis.bootstrap import drawn_medians, interval
+from persona_nnsight.analysis.kl_tables import (
     Text,
     contrasts,
     geometry_summary,
@@ -26,6 +23,9 @@ from persona_nnsight.tables import (
     marker_summary,
     marker_table,
 )
+from persona_nnsight.plan.events import Scored
+from persona_nnsight.plan.plan import CellPlan, Edit, Plan
+from persona_nnsight.prompts.grids import Grid
 
 NAN = math.nan
 FLOOR = 1e-5

@@ -16,7 +16,7 @@ from tiny import FAMILIES
 from persona_nnsight import Grid, Model, PersonaError, capture, inject, steer, substitute
 from persona_nnsight.experiments.markers import markers, plan_markers
 from persona_nnsight.experiments.steer import parse_factors, plan_steer
-from persona_nnsight.vectors import Vectors
+from persona_nnsight.storage.vectors import Vectors
 
 Tiny = Callable[..., Model]
 

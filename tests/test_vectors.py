@@ -14,15 +14,15 @@ import pytest
 import torch
 import typer
 from gguf import GGUFReader, GGUFWriter
-from persona_cli import vectors as command
+from persona_cli.commands import vectors as command
 from safetensors import safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 from typer.testing import CliRunner
 
 from persona_nnsight import Grid, PersonaError
-from persona_nnsight.control_vectors import write_control_vector
-from persona_nnsight.vectors import Vectors
+from persona_nnsight.storage.control_vectors import write_control_vector
+from persona_nnsight.storage.vectors import Vectors
 
 SHA = "0123456789abcdef" * 4
 LAYERS = (0, 1, 2, 5, 7)

@@ -28,22 +28,15 @@ import numpy as np
 import pytest
 import torch
 from huggingface_hub import constants
-from persona_cli.models import app
+from persona_cli.commands.models import app
 from safetensors import safe_open
 from transformers import AutoModelForCausalLM, AutoTokenizer
 from transformers.convert_slow_tokenizer import bytes_to_unicode
 from typer.testing import CliRunner
 
 from persona_nnsight.errors import PersonaError
-from persona_nnsight.weights import (
-    cache_dir,
-    embedded,
-    gguf_convert,
-    hub,
-    list_models,
-    model_files,
-    resolve,
-)
+from persona_nnsight.models.weights import embedded, gguf_convert, hub, model_files
+from persona_nnsight.models.weights.resolve import cache_dir, list_models, resolve
 
 COMMIT = "0123456789abcdef0123456789abcdef01234567"
 

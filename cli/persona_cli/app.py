@@ -10,7 +10,8 @@ from typing import Annotated, Any
 
 import typer
 
-from persona_cli import (
+from persona_cli.command_line import typed
+from persona_cli.commands import (
     capture,
     doctor,
     grids,
@@ -25,7 +26,6 @@ from persona_cli import (
     substitute,
     vectors,
 )
-from persona_cli.command_line import typed
 from persona_cli.option_groups import expand_groups
 from persona_nnsight.errors import PersonaError, quoted
 

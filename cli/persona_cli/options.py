@@ -10,10 +10,10 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from persona_nnsight.errors import PersonaError
-from persona_nnsight.weights.embedded import ALIAS
+from persona_nnsight.models.weights.embedded import ALIAS
 
 if TYPE_CHECKING:
-    from persona_nnsight.grids import Grid
+    from persona_nnsight.prompts.grids import Grid
 
 DEFAULT_MODEL = ALIAS
 
@@ -357,7 +357,7 @@ class CellOptions:
         Raises:
             PersonaError: options that contradict each other, or an unknown grid or key.
         """
-        from persona_nnsight.grids import Grid
+        from persona_nnsight.prompts.grids import Grid
 
         if self.persona is not None or self.task is not None:
             if self.persona is None or self.task is None:

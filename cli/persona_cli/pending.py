@@ -15,21 +15,21 @@ from persona_cli.command_line import typed
 from persona_cli.console import notes
 from persona_cli.options import BackendOptions, ModelOptions
 from persona_nnsight.errors import PersonaError
-from persona_nnsight.runs import PENDING, check_free
+from persona_nnsight.storage.run_directory import PENDING, check_free
 
 if TYPE_CHECKING:
-    from persona_nnsight.backends import Backend
-    from persona_nnsight.backends.journal import Journal
-    from persona_nnsight.grids import Grid
-    from persona_nnsight.models import Model
-    from persona_nnsight.plan import Plan
+    from persona_nnsight.backends.interface import Backend
+    from persona_nnsight.models.loading import Model
+    from persona_nnsight.plan.plan import Plan
+    from persona_nnsight.prompts.grids import Grid
+    from persona_nnsight.storage.journal import Journal
 
 
 def check_target(directory: Path, where: BackendOptions) -> None:
     """Refuse a directory that holds something else than the run to go on with.
 
     Raises:
-        PersonaError: see `persona_nnsight.runs.check_free`.
+        PersonaError: see `persona_nnsight.storage.run_directory.check_free`.
     """
     if where.resume is None:
         check_free(directory)
@@ -92,9 +92,9 @@ def make_backend(
         from persona_nnsight.backends.simulate import SimulatedBackend
 
         return SimulatedBackend(model)
-    from persona_nnsight.backends.ledger import BACKEND, Ledger
-    from persona_nnsight.backends.ndif import NdifBackend
-    from persona_nnsight.backends.server import Server
+    from persona_nnsight.backends.ndif.backend import NdifBackend
+    from persona_nnsight.backends.ndif.ledger import BACKEND, Ledger
+    from persona_nnsight.backends.ndif.server import Server
 
     server = Server(where.ndif_host, insecure=where.insecure)
     ledger = None
@@ -111,7 +111,7 @@ def make_backend(
 
 
 def _journal(out: Path, backend: str, where: BackendOptions, subject: Mapping[str, Any]) -> Journal:
-    from persona_nnsight.backends.journal import Journal, Origin
+    from persona_nnsight.storage.journal import Journal, Origin
 
     if where.resume is None:
         return Journal(out, backend, Origin(typed.get(), os.getcwd(), subject))
@@ -149,7 +149,7 @@ def _subject(model: Model, dtype: str, studies: Iterable[tuple[Grid, Plan]]) -> 
 
     The plan comes last: where a grid differs, its prompts do too.
     """
-    from persona_nnsight.plan_data import digest
+    from persona_nnsight.plan.data import digest
 
     weights = model.weights
     plans = list(studies)
@@ -171,8 +171,8 @@ def note_pending(directory: Path, *, as_json: bool, interrupted: bool = False) -
 
     Ids of jobs go to standard output, so that a script can keep them.
     """
-    from persona_nnsight.backends.journal import Journal
-    from persona_nnsight.backends.ledger import BACKEND, Ledger
+    from persona_nnsight.backends.ndif.ledger import BACKEND, Ledger
+    from persona_nnsight.storage.journal import Journal
 
     collect = f"`persona resume {directory}`"
     ids: list[str] = []

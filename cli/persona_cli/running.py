@@ -29,11 +29,11 @@ from persona_cli.progress import progress_bar
 if TYPE_CHECKING:
     import pandas as pd
 
-    from persona_nnsight.backends import Backend
-    from persona_nnsight.grids import Grid
-    from persona_nnsight.models import Model
-    from persona_nnsight.plan import Plan
-    from persona_nnsight.results import Result
+    from persona_nnsight.backends.interface import Backend
+    from persona_nnsight.experiments.results import Result
+    from persona_nnsight.models.loading import Model
+    from persona_nnsight.plan.plan import Plan
+    from persona_nnsight.prompts.grids import Grid
 
 P = TypeVar("P")
 
@@ -72,7 +72,7 @@ def prepare(
         show_plan: prints it, for a dry run and with --verbose.
         name: what the default directory is called, such as ``inject-{model}-short``, for a plan.
     """
-    from persona_nnsight.runs import default_directory
+    from persona_nnsight.storage.run_directory import default_directory
 
     check_model_options(model, where)
     asked_out = where.resume or run.out
@@ -80,7 +80,7 @@ def prepare(
         check_target(asked_out, where)
     _quiet_libraries(run.verbose)
 
-    from persona_nnsight.models import load_model
+    from persona_nnsight.models.loading import load_model
 
     with spinner("Loading the model") as stop:
 
@@ -128,8 +128,8 @@ def run_experiment(
         plan_beside: another plan for the same pass.
         save_beside: what to do with its result; returns the file written.
     """
-    from persona_nnsight.backends import Detached
-    from persona_nnsight.execution import Interrupted, execute_together
+    from persona_nnsight.backends.interface import Detached
+    from persona_nnsight.experiments.execution import Interrupted, execute_together
 
     makers = [make_plan] if plan_beside is None else [make_plan, plan_beside]
 
@@ -214,8 +214,8 @@ def show_costs(
     run: RunOptions,
 ) -> None:
     """Print what a plan will do: the result of a dry run, a note otherwise."""
-    from persona_nnsight.costs import estimate
-    from persona_nnsight.weights.model_files import human_size
+    from persona_nnsight.models.weights.model_files import human_size
+    from persona_nnsight.plan.costs import estimate
 
     if run.as_json and run.dry_run:
         summary = {"command": plan.command, **cost_summary(model, plan, grid, options, where)}
@@ -259,7 +259,7 @@ def cost_summary(
     model: Model, plan: Plan, grid: Grid, options: ModelOptions, where: BackendOptions
 ) -> dict[str, Any]:
     """What ``--dry-run --json`` says of a plan."""
-    from persona_nnsight.costs import estimate
+    from persona_nnsight.plan.costs import estimate
 
     limits = make_backend(model, where, options.dtype).limits(plan)
     return {
@@ -296,7 +296,7 @@ def as_records(table: pd.DataFrame) -> list[dict[str, Any]]:
 
 def show_findings(result: Result) -> None:
     """Print what the numbers allow one to say."""
-    from persona_nnsight.findings import CAVEAT
+    from persona_nnsight.analysis.findings import CAVEAT
 
     for sentence in result.findings():
         output().print(Text(f"\n{sentence}"))

@@ -7,16 +7,16 @@ from contextlib import suppress
 from dataclasses import asdict
 from typing import Any, NoReturn
 
-from persona_nnsight.backends import EngineFunction
-from persona_nnsight.backends.journal import Journal, JournalError, damaged
-from persona_nnsight.backends.parts import Parts
-from persona_nnsight.costs import Limits, check_budget, default_budget, fit_limits
-from persona_nnsight.engine.events import Done, Event
+from persona_nnsight.backends.interface import EngineFunction
 from persona_nnsight.errors import OutOfMemoryError, PersonaError
-from persona_nnsight.models import Model
-from persona_nnsight.plan import Plan
-from persona_nnsight.plan_data import digest
-from persona_nnsight.runs import PENDING
+from persona_nnsight.models.loading import Model
+from persona_nnsight.plan.costs import Limits, check_budget, default_budget, fit_limits
+from persona_nnsight.plan.data import digest
+from persona_nnsight.plan.events import Done, Event
+from persona_nnsight.plan.plan import Plan
+from persona_nnsight.storage.journal import Journal, JournalError, damaged
+from persona_nnsight.storage.kept_events import Parts
+from persona_nnsight.storage.run_directory import PENDING
 
 #: What a journal says of who writes it.
 LOCAL = "local"

@@ -5,14 +5,14 @@ from __future__ import annotations
 from collections.abc import Iterator
 from typing import Any
 
-from persona_nnsight.backends import EngineFunction
-from persona_nnsight.backends.block import run_block
+from persona_nnsight.backends.interface import EngineFunction
 from persona_nnsight.backends.local import LocalBackend
-from persona_nnsight.backends.packing import unpack
-from persona_nnsight.costs import Limits
-from persona_nnsight.engine.events import Event
-from persona_nnsight.plan import Plan
-from persona_nnsight.plan_data import part_of
+from persona_nnsight.backends.wire.session import run_block
+from persona_nnsight.plan.costs import Limits
+from persona_nnsight.plan.data import part_of
+from persona_nnsight.plan.events import Event
+from persona_nnsight.plan.packing import unpack
+from persona_nnsight.plan.plan import Plan
 
 
 class SimulatedBackend(LocalBackend):

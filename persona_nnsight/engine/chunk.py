@@ -11,8 +11,8 @@ from torch import Tensor
 
 from persona_nnsight.engine.kv_cache import KVCache
 from persona_nnsight.errors import PersonaError
-from persona_nnsight.module_tree import ModuleTree
-from persona_nnsight.plan import CellPlan, Plan, user_last
+from persona_nnsight.models.module_tree import ModuleTree
+from persona_nnsight.plan.plan import CellPlan, Plan, user_last
 
 
 @dataclass(frozen=True)

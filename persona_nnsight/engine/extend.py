@@ -13,7 +13,7 @@ from persona_nnsight.engine.finite import output_not_finite
 from persona_nnsight.engine.inputs import forward_inputs, last_tokens
 from persona_nnsight.engine.kv_cache import KVCache
 from persona_nnsight.engine.record import Record
-from persona_nnsight.plan import Edit, Plan
+from persona_nnsight.plan.plan import Edit, Plan
 
 
 @dataclass(frozen=True)

@@ -9,8 +9,8 @@ from typing import TypeVar
 
 import torch
 
-from persona_nnsight.costs import spans
 from persona_nnsight.errors import OutOfMemoryError
+from persona_nnsight.plan.costs import spans
 
 T = TypeVar("T")
 R = TypeVar("R")

@@ -14,8 +14,8 @@ from persona_nnsight.engine.chunk import Prefix, is_far
 from persona_nnsight.engine.inputs import forward_inputs, last_tokens
 from persona_nnsight.engine.kv_cache import KVCache, gather
 from persona_nnsight.errors import PersonaError
-from persona_nnsight.plan import Plan
-from persona_nnsight.prefix_tree import PrefixTree, Segment
+from persona_nnsight.plan.plan import Plan
+from persona_nnsight.plan.prefix_tree import PrefixTree, Segment
 
 
 def prefill(lm: Any, plan: Plan, tree: PrefixTree) -> Prefix:

@@ -10,7 +10,6 @@ import nnsight
 import torch
 from torch import Tensor
 
-from persona_nnsight.conditions import RESIDUAL_KEYS
 from persona_nnsight.engine.chunk import Chunk
 from persona_nnsight.engine.finite import (
     geometry_not_finite,
@@ -20,9 +19,10 @@ from persona_nnsight.engine.finite import (
 )
 from persona_nnsight.engine.inputs import forward_inputs, last_tokens, prompt_inputs
 from persona_nnsight.engine.kv_cache import KVCache
-from persona_nnsight.geometry import decompose
-from persona_nnsight.plan import Plan
-from persona_nnsight.sites import generated_index
+from persona_nnsight.method.conditions import RESIDUAL_KEYS
+from persona_nnsight.method.geometry import decompose
+from persona_nnsight.method.sites import generated_index
+from persona_nnsight.plan.plan import Plan
 
 
 @dataclass(frozen=True)

@@ -14,9 +14,9 @@ from persona_nnsight.engine.extend import Clean, HostRun, entry_layer
 from persona_nnsight.engine.finite import edited_not_finite
 from persona_nnsight.engine.inputs import forward_inputs, last_tokens
 from persona_nnsight.engine.record import Record
-from persona_nnsight.interventions import edit_vector, seeded_noise
-from persona_nnsight.measures import window_kl
-from persona_nnsight.sites import generated_index
+from persona_nnsight.method.edit_vectors import edit_vector, seeded_noise
+from persona_nnsight.method.kl import window_kl
+from persona_nnsight.method.sites import generated_index
 
 
 def score(

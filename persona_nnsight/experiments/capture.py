@@ -2,14 +2,14 @@
 
 from __future__ import annotations
 
-from persona_nnsight.backends import Backend
-from persona_nnsight.execution import Progress, execute
+from persona_nnsight.backends.interface import Backend
+from persona_nnsight.experiments.execution import Progress, execute
+from persona_nnsight.experiments.results import CaptureResult
 from persona_nnsight.experiments.setup import Layers, Positions, checked, sites_of
-from persona_nnsight.grids import Grid
-from persona_nnsight.models import Model
-from persona_nnsight.plan import Plan, build_plan
-from persona_nnsight.results import CaptureResult
-from persona_nnsight.sites import DEFAULT_LAYERS, DEFAULT_POSITIONS
+from persona_nnsight.method.sites import DEFAULT_LAYERS, DEFAULT_POSITIONS
+from persona_nnsight.models.loading import Model
+from persona_nnsight.plan.plan import Plan, build_plan
+from persona_nnsight.prompts.grids import Grid
 
 
 def plan_capture(

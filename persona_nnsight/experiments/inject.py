@@ -4,15 +4,15 @@ from __future__ import annotations
 
 from typing import Any
 
-from persona_nnsight.backends import Backend
-from persona_nnsight.conditions import HOST, INJECT_CONDITIONS
-from persona_nnsight.execution import Progress, execute
+from persona_nnsight.backends.interface import Backend
+from persona_nnsight.experiments.execution import Progress, execute
+from persona_nnsight.experiments.results import EditResult
 from persona_nnsight.experiments.setup import Layers, checked, clean_text, sites_of
-from persona_nnsight.grids import Grid
-from persona_nnsight.models import Model
-from persona_nnsight.plan import Edit, Plan, build_plan
-from persona_nnsight.results import EditResult
-from persona_nnsight.sites import DEFAULT_LAYERS, parse_layer_sets
+from persona_nnsight.method.conditions import HOST, INJECT_CONDITIONS
+from persona_nnsight.method.sites import DEFAULT_LAYERS, parse_layer_sets
+from persona_nnsight.models.loading import Model
+from persona_nnsight.plan.plan import Edit, Plan, build_plan
+from persona_nnsight.prompts.grids import Grid
 
 
 def plan_inject(

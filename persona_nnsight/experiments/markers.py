@@ -2,16 +2,16 @@
 
 from __future__ import annotations
 
-from persona_nnsight.backends import Backend
-from persona_nnsight.conditions import BARE, TASK_KEY
+from persona_nnsight.backends.interface import Backend
 from persona_nnsight.errors import PersonaError
-from persona_nnsight.execution import Progress, execute
+from persona_nnsight.experiments.execution import Progress, execute
+from persona_nnsight.experiments.results import MarkersResult
 from persona_nnsight.experiments.setup import Layers, checked, clean_text, sites_of
-from persona_nnsight.grids import Grid
-from persona_nnsight.models import Model
-from persona_nnsight.plan import Edit, Plan, build_plan
-from persona_nnsight.results import MarkersResult
-from persona_nnsight.sites import EDITED_DEPTH
+from persona_nnsight.method.conditions import BARE, TASK_KEY
+from persona_nnsight.method.sites import EDITED_DEPTH
+from persona_nnsight.models.loading import Model
+from persona_nnsight.plan.plan import Edit, Plan, build_plan
+from persona_nnsight.prompts.grids import Grid
 
 
 def plan_markers(

@@ -6,9 +6,9 @@ from collections.abc import Iterable
 from typing import Any
 
 from persona_nnsight.errors import PersonaError, quoted
-from persona_nnsight.models import Model
-from persona_nnsight.plan import Edit, Plan
-from persona_nnsight.sites import parse_layers, parse_positions
+from persona_nnsight.method.sites import parse_layers, parse_positions
+from persona_nnsight.models.loading import Model
+from persona_nnsight.plan.plan import Edit, Plan
 
 Layers = str | int | Iterable[int]
 Positions = str | Iterable[str]

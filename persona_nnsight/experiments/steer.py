@@ -7,17 +7,17 @@ import re
 from collections.abc import Iterable
 from typing import Any
 
-from persona_nnsight.backends import Backend
-from persona_nnsight.conditions import HOST, STEER
+from persona_nnsight.backends.interface import Backend
 from persona_nnsight.errors import PersonaError
-from persona_nnsight.execution import Progress, execute
+from persona_nnsight.experiments.execution import Progress, execute
+from persona_nnsight.experiments.results import EditResult
 from persona_nnsight.experiments.setup import Layers, Positions, checked, clean_text, sites_of
-from persona_nnsight.grids import Grid
-from persona_nnsight.models import Model
-from persona_nnsight.plan import Edit, Plan, build_plan
-from persona_nnsight.results import EditResult
-from persona_nnsight.sites import EDITED_DEPTH
-from persona_nnsight.vectors import Vectors
+from persona_nnsight.method.conditions import HOST, STEER
+from persona_nnsight.method.sites import EDITED_DEPTH
+from persona_nnsight.models.loading import Model
+from persona_nnsight.plan.plan import Edit, Plan, build_plan
+from persona_nnsight.prompts.grids import Grid
+from persona_nnsight.storage.vectors import Vectors
 
 DEFAULT_ALPHA = "0:2:0.5"
 HOSTS = ("xy", "by")

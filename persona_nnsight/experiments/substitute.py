@@ -4,16 +4,16 @@ from __future__ import annotations
 
 from collections.abc import Iterable
 
-from persona_nnsight.backends import Backend
-from persona_nnsight.conditions import SUBSTITUTE_CONDITIONS
+from persona_nnsight.backends.interface import Backend
 from persona_nnsight.errors import PersonaError
-from persona_nnsight.execution import Progress, execute
+from persona_nnsight.experiments.execution import Progress, execute
+from persona_nnsight.experiments.results import EditResult
 from persona_nnsight.experiments.setup import Layers, Positions, checked, clean_text, sites_of
-from persona_nnsight.grids import Grid
-from persona_nnsight.models import Model
-from persona_nnsight.plan import Edit, Plan, build_plan
-from persona_nnsight.results import EditResult
-from persona_nnsight.sites import DEFAULT_LAYERS, DEFAULT_POSITIONS
+from persona_nnsight.method.conditions import SUBSTITUTE_CONDITIONS
+from persona_nnsight.method.sites import DEFAULT_LAYERS, DEFAULT_POSITIONS
+from persona_nnsight.models.loading import Model
+from persona_nnsight.plan.plan import Edit, Plan, build_plan
+from persona_nnsight.prompts.grids import Grid
 
 
 def plan_substitute(

@@ -10,11 +10,11 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from persona_nnsight.errors import PersonaError, quoted
-from persona_nnsight.grids import Grid
-from persona_nnsight.manifest import FORMAT
-from persona_nnsight.runs import PENDING, RUN, TEXT_COLUMNS, read_table
-from persona_nnsight.sites import NO_LAYERS, POSITIONS
-from persona_nnsight.weights.model_files import first_line
+from persona_nnsight.method.sites import NO_LAYERS, POSITIONS
+from persona_nnsight.models.weights.model_files import first_line
+from persona_nnsight.prompts.grids import Grid
+from persona_nnsight.storage.manifest import FORMAT
+from persona_nnsight.storage.run_directory import PENDING, RUN, TEXT_COLUMNS, read_table
 
 if TYPE_CHECKING:
     import pandas as pd

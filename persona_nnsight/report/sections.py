@@ -7,10 +7,10 @@ from typing import TYPE_CHECKING
 
 from markupsafe import Markup
 
-from persona_nnsight.report import tables
+from persona_nnsight.report import table_blocks
+from persona_nnsight.report.beside_published import beside_published
 from persona_nnsight.report.blocks import Block, Picture, RunPage, Section
-from persona_nnsight.report.comparison import beside_published
-from persona_nnsight.report.figures import geometry, inject, kl, markers, steer
+from persona_nnsight.report.figures import geometry, inject, markers, steer, substitute
 from persona_nnsight.report.figures.canvas import Figure, inline_svg
 from persona_nnsight.report.generations import generations
 from persona_nnsight.report.provenance import provenance
@@ -80,7 +80,7 @@ def _run(run: Run, prefix: str) -> list[Section]:
                 "Do the effects add up in the residual stream?",
                 [
                     *(_picture(figure, prefix) for figure in geometry.geometry_by_layer(table)),
-                    tables.geometry_table(table),
+                    table_blocks.geometry_table(table),
                 ],
             )
         )
@@ -110,16 +110,16 @@ def _effects(run: Run, prefix: str) -> list[Section]:
         figures = [markers.marker_bars(summary)]
     elif cells is not None and run.command == "substitute":
         figures = [
-            kl.kl_by_layer(summary) if not prefix.endswith(_FIGURE1_PARTS) else None,
-            kl.site_maps(summary),
-            kl.cell_dots(summary, cells),
-            *kl.by_persona_and_task(cells),
+            substitute.kl_by_layer(summary) if not prefix.endswith(_FIGURE1_PARTS) else None,
+            substitute.site_maps(summary),
+            substitute.cell_dots(summary, cells),
+            *substitute.by_persona_and_task(cells),
         ]
     elif cells is not None and run.command == "inject":
         figures = [inject.injection_bars(summary, cells)]
     elif run.command == "steer":
         figures = [steer.steering_curves(summary, run.tables.get("markers"))]
-    meanings = tables.meaning_table(list(dict.fromkeys(summary["condition"])), run.command)
+    meanings = table_blocks.meaning_table(list(dict.fromkeys(summary["condition"])), run.command)
     blocks: list[Block] = [_picture(figure, prefix) for figure in figures if figure is not None]
     sections = [
         Section(
@@ -134,11 +134,17 @@ def _effects(run: Run, prefix: str) -> list[Section]:
         )
     ]
     in_numbers: list[Block] = [
-        tables.kl_table(summary) if run.command in KL_COMMANDS else tables.marker_table(summary)
+        table_blocks.kl_table(summary)
+        if run.command in KL_COMMANDS
+        else table_blocks.marker_table(summary)
     ]
     contrasts = run.tables.get("contrasts")
     if contrasts is not None and len(contrasts):
-        make = tables.marker_contrast_table if run.command == "markers" else tables.contrast_table
+        make = (
+            table_blocks.marker_contrast_table
+            if run.command == "markers"
+            else table_blocks.contrast_table
+        )
         in_numbers.append(make(contrasts))
     sections.append(Section(f"{prefix}numbers", "In numbers", in_numbers))
     return sections
@@ -156,7 +162,7 @@ def _reproduction(run: Run, prefix: str) -> list[Section]:
         if f"{name}-" in _FIGURE1_PARTS and part.tables.get("summary") is not None
     }
     if drawn:
-        figures = kl.kl_by_layer_and_position(drawn)
+        figures = substitute.kl_by_layer_and_position(drawn)
         sections.append(
             Section(f"{prefix}figure1", "Figure 1", [_picture(f, prefix) for f in figures])
         )
@@ -238,7 +244,7 @@ def _cells_with_rows(found: Mapping[str, pd.DataFrame]) -> int:
 
 
 def _findings(run: Run) -> Sequence[str]:
-    from persona_nnsight.findings import CAVEAT, findings
+    from persona_nnsight.analysis.findings import CAVEAT, findings
 
     found = {name: run.tables[name] for name in _FOUND_TABLES if name in run.tables}
     summary = found.get("summary")

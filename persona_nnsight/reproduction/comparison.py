@@ -6,11 +6,11 @@ from collections.abc import Callable
 
 import pandas as pd
 
+from persona_nnsight.analysis.kl_tables import RATIOS, geometry_summary, kl_summary
+from persona_nnsight.experiments.results import Result
+from persona_nnsight.method.sites import NO_LAYERS
 from persona_nnsight.reproduction.protocol import Study, has_paper_stimuli, reference_layers
 from persona_nnsight.reproduction.published import REFERENCE_MODEL, paper_model, published
-from persona_nnsight.results import Result
-from persona_nnsight.sites import NO_LAYERS
-from persona_nnsight.tables import RATIOS, geometry_summary, kl_summary
 
 _KEYS = ["position", "layers", "condition", "persona", "task", "measure"]
 

@@ -23,12 +23,12 @@ from persona_nnsight.errors import PersonaError
 from persona_nnsight.experiments.inject import plan_inject
 from persona_nnsight.experiments.markers import plan_markers
 from persona_nnsight.experiments.substitute import plan_substitute
-from persona_nnsight.grids import Grid
-from persona_nnsight.models import Model
-from persona_nnsight.plan import Plan
-from persona_nnsight.prompts import encode_prompt
+from persona_nnsight.method.sites import DEFAULT_LAYERS, NO_LAYERS, format_layers, parse_layers
+from persona_nnsight.models.loading import Model
+from persona_nnsight.plan.plan import Plan
+from persona_nnsight.prompts.encoding import encode_prompt
+from persona_nnsight.prompts.grids import Grid
 from persona_nnsight.reproduction.published import paper_model
-from persona_nnsight.sites import DEFAULT_LAYERS, NO_LAYERS, format_layers, parse_layers
 
 TABLES = ("table1", "table2", "table3", "table4")
 #: What can be asked for, and the tables that it takes.

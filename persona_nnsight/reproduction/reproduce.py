@@ -11,18 +11,18 @@ from typing import Any
 
 import pandas as pd
 
-from persona_nnsight.backends import Backend, Detached
+from persona_nnsight.backends.interface import Backend, Detached
 from persona_nnsight.backends.local import LocalBackend
-from persona_nnsight.execution import Interrupted, Progress, execute_together
-from persona_nnsight.grids import Grid
-from persona_nnsight.joint_plan import join
-from persona_nnsight.manifest import reproduction_manifest
-from persona_nnsight.models import Model
-from persona_nnsight.plan import Plan
+from persona_nnsight.experiments.execution import Interrupted, Progress, execute_together
+from persona_nnsight.experiments.results import Result
+from persona_nnsight.models.loading import Model
+from persona_nnsight.plan.joining import join
+from persona_nnsight.plan.plan import Plan
+from persona_nnsight.prompts.grids import Grid
 from persona_nnsight.reproduction.comparison import comparison
 from persona_nnsight.reproduction.protocol import Study, parse_targets, plan_study
-from persona_nnsight.results import Result
-from persona_nnsight.runs import save_run
+from persona_nnsight.storage.manifest import reproduction_manifest
+from persona_nnsight.storage.run_directory import save_run
 
 
 @dataclass(frozen=True)
@@ -35,7 +35,7 @@ class Reproduction:
         results: the run of each table, by name; those of an interrupted reproduction may lack.
         seconds: wall time of each finished pass by its tables, such as ``table2+table3``.
         complete: False when it was interrupted.
-        where: where it was run (`persona_nnsight.backends.Backend.record`).
+        where: where it was run (`persona_nnsight.backends.interface.Backend.record`).
     """
 
     model: Model

@@ -35,7 +35,7 @@ from benchmarks.startup import startup
 from benchmarks.work import shapes_of
 from benchmarks.workloads import ROWS, Grids
 from persona_nnsight import Grid, Model, PersonaError, load_model
-from persona_nnsight.models import DEFAULT_MODEL, DTYPES
+from persona_nnsight.models.loading import DEFAULT_MODEL, DTYPES
 
 PARTS = ("rows", "startup", "curves")
 #: What takes long, and has to be asked for.

@@ -22,9 +22,9 @@ from benchmarks.remote import job_bytes
 from benchmarks.work import Shapes, Work
 from benchmarks.workloads import Subset, Workload, subset_of
 from persona_nnsight import CaptureResult, EditResult, Model
-from persona_nnsight.execution import execute
-from persona_nnsight.plan_data import part_of
-from persona_nnsight.results import Result
+from persona_nnsight.experiments.execution import execute
+from persona_nnsight.experiments.results import Result
+from persona_nnsight.plan.data import part_of
 
 
 @dataclass(frozen=True)

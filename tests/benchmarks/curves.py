@@ -18,10 +18,10 @@ from benchmarks.measure import measure
 from benchmarks.random_models import SPECIAL, random_model, texts_of
 from benchmarks.work import Work, shapes_of
 from persona_nnsight import Grid, Model
-from persona_nnsight.execution import execute
+from persona_nnsight.experiments.execution import execute
 from persona_nnsight.experiments.substitute import plan_substitute
-from persona_nnsight.plan import Plan
-from persona_nnsight.plan_data import part_of
+from persona_nnsight.plan.data import part_of
+from persona_nnsight.plan.plan import Plan
 
 N_LAYERS = 16
 _VOCAB = 8192

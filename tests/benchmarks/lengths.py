@@ -5,9 +5,9 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import dataclass
 
-from persona_nnsight.plan import Plan
-from persona_nnsight.results import Result
-from persona_nnsight.sites import format_layers, format_positions
+from persona_nnsight.experiments.results import Result
+from persona_nnsight.method.sites import format_layers, format_positions
+from persona_nnsight.plan.plan import Plan
 
 
 @dataclass(frozen=True)

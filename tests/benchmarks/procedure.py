@@ -33,7 +33,7 @@ from benchmarks.floor import window_tokens
 from benchmarks.lengths import Lengths
 from benchmarks.measure import synchronize
 from benchmarks.work import Work
-from persona_nnsight.plan import Edit, Plan
+from persona_nnsight.plan.plan import Edit, Plan
 
 #: The prompts whose residuals are captured.
 ROLES = ("BB", "XB", "BY", "XY")

@@ -24,9 +24,9 @@ from transformers import (
 )
 
 from persona_nnsight import Grid, Model
-from persona_nnsight.models import DTYPES
-from persona_nnsight.module_tree import find_tree
-from persona_nnsight.weights import Weights
+from persona_nnsight.models.loading import DTYPES
+from persona_nnsight.models.module_tree import find_tree
+from persona_nnsight.models.weights.resolve import Weights
 
 _SEED = 20260523
 _START_ID, _END_ID, _PAD_ID = 0, 1, 2

@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 from persona_nnsight import Model
-from persona_nnsight.backends.block import Envelope, run_block
-from persona_nnsight.backends.ndif import NdifBackend
-from persona_nnsight.backends.server import Server
-from persona_nnsight.engine import run
-from persona_nnsight.plan import Plan
-from persona_nnsight.plan_data import part_of
+from persona_nnsight.backends.ndif.backend import NdifBackend
+from persona_nnsight.backends.ndif.server import Server
+from persona_nnsight.backends.wire.session import Envelope, run_block
+from persona_nnsight.engine.run import run
+from persona_nnsight.plan.data import part_of
+from persona_nnsight.plan.plan import Plan
 
 
 def job_bytes(model: Model, plan: Plan) -> list[int]:

@@ -19,8 +19,8 @@ from persona_cli.app import main
 from tiny import make_model_dir
 
 from persona_nnsight import Grid, PersonaError
-from persona_nnsight.engine import run
-from persona_nnsight.engine.events import Event
+from persona_nnsight.engine.run import run
+from persona_nnsight.plan.events import Event
 
 _SITES = ("--layers", "1,3", "--memory-budget", "1GB")
 _ROUND: dict[str, tuple[str, ...]] = {
@@ -93,7 +93,7 @@ def soak(minutes: float) -> Iterator[Round]:
 def _round() -> None:
     for name, options in _ROUND.items():
         command = (name, "-m", "model", "-g", "grid.yaml", *options, "-o", "out")
-        with patch("persona_nnsight.execution.run", _stopped):
+        with patch("persona_nnsight.experiments.execution.run", _stopped):
             _persona(command, 130)
         _persona(("resume", "out"), 0)
         _persona(("report", "out"), 0)

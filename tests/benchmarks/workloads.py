@@ -9,8 +9,8 @@ from dataclasses import dataclass, replace
 from persona_nnsight import Grid, Model
 from persona_nnsight.experiments.capture import plan_capture
 from persona_nnsight.experiments.substitute import plan_substitute
-from persona_nnsight.plan import Plan
-from persona_nnsight.prompts import encode_prompt
+from persona_nnsight.plan.plan import Plan
+from persona_nnsight.prompts.encoding import encode_prompt
 from persona_nnsight.reproduction.protocol import layer_sets, plan_study
 
 #: Layers 8, 15 and 21 of 30, and as deep in other models.

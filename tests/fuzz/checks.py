@@ -14,18 +14,13 @@ from pathlib import Path
 import torch
 from persona_cli.options import BackendOptions
 
-from persona_nnsight.backends.ledger import STATES, Ledger
-from persona_nnsight.conditions import SUBSTITUTE_CONDITIONS
+from persona_nnsight.backends.ndif.ledger import STATES, Ledger
 from persona_nnsight.errors import PersonaError
 from persona_nnsight.experiments.steer import parse_factors
 from persona_nnsight.experiments.substitute import _conditions
-from persona_nnsight.grid_import import grid_from_script
-from persona_nnsight.grids import Grid, is_key
-from persona_nnsight.marker_words import distinct_markers, find_markers
-from persona_nnsight.models import _device
-from persona_nnsight.report.reading import COMMANDS, Run, read_run
-from persona_nnsight.reproduction.protocol import TABLES, parse_targets
-from persona_nnsight.sites import (
+from persona_nnsight.method.conditions import SUBSTITUTE_CONDITIONS
+from persona_nnsight.method.marker_words import distinct_markers, find_markers
+from persona_nnsight.method.sites import (
     POSITIONS,
     format_layers,
     format_positions,
@@ -33,9 +28,14 @@ from persona_nnsight.sites import (
     parse_layers,
     parse_positions,
 )
-from persona_nnsight.strict_yaml import parse_yaml
-from persona_nnsight.vectors import Vectors
-from persona_nnsight.weights import resolve
+from persona_nnsight.models.loading import _device
+from persona_nnsight.models.weights.resolve import resolve
+from persona_nnsight.prompts.grid_import import grid_from_script
+from persona_nnsight.prompts.grids import Grid, is_key
+from persona_nnsight.prompts.strict_yaml import parse_yaml
+from persona_nnsight.report.reading import COMMANDS, Run, read_run
+from persona_nnsight.reproduction.protocol import TABLES, parse_targets
+from persona_nnsight.storage.vectors import Vectors
 
 _GRID = Grid.from_dict({"name": "g", "personas": {"a": "A", "b": "B"}, "tasks": {"t": "T"}})
 

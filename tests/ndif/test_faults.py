@@ -23,9 +23,9 @@ from rounding import PROMISED_KL
 from safetensors.torch import load_file, save_file
 
 from persona_nnsight import PersonaError, capture, load_model
-from persona_nnsight.backends.ndif import NdifBackend
-from persona_nnsight.backends.server import Answer, Server
-from persona_nnsight.engine import run
+from persona_nnsight.backends.ndif.backend import NdifBackend
+from persona_nnsight.backends.ndif.server import Answer, Server
+from persona_nnsight.engine.run import run
 from persona_nnsight.experiments.substitute import plan_substitute
 
 pytestmark = pytest.mark.ndif
@@ -38,14 +38,14 @@ N_JOBS = 3
 def impatience(monkeypatch: pytest.MonkeyPatch) -> None:
     """Three jobs for the tiny grid's six cells, and seconds where a user waits for minutes."""
     for name, value in {
-        "ndif._MOST_CELLS": 2,
-        "ndif._LOOKS": (0.1, 0.3),
+        "backend._MOST_CELLS": 2,
+        "backend._LOOKS": (0.1, 0.3),
         "courier._SILENCE": 2.0,
         "courier._GIVE_UP": 6.0,
         "courier._GIVE_UP_AFTER_OUTAGE": 3.0,
         "courier._FIRST_PATIENCE": 2.0,
     }.items():
-        monkeypatch.setattr(f"persona_nnsight.backends.{name}", value)
+        monkeypatch.setattr(f"persona_nnsight.backends.ndif.{name}", value)
 
 
 @pytest.fixture(scope="session")
@@ -206,7 +206,8 @@ def test_interrupted_while_waiting(ndif: NdifServer, persona: Persona, deployed:
     arguments = ["substitute", "--grid", "grid.yaml", "--model", str(deployed)]
     arguments += ["--layers", "2,3"]
     code = (
-        "import persona_nnsight.backends.ndif as n, sys; n._MOST_CELLS = 2; n._LOOKS = (60, 60)\n"
+        "import sys, persona_nnsight.backends.ndif.backend as n\n"
+        "n._MOST_CELLS, n._LOOKS = 2, (60, 60)\n"
         "from persona_cli.app import main; main(sys.argv[1:])"
     )
     where = ["--remote", "--ndif-host", ndif.url, "--out", "run"]

@@ -34,7 +34,7 @@ COMMANDS = {
 @pytest.fixture
 def two_jobs(monkeypatch: pytest.MonkeyPatch) -> None:
     """Jobs so small that these grids are several."""
-    monkeypatch.setattr("persona_nnsight.backends.ndif._MOST_CELLS", 3)
+    monkeypatch.setattr("persona_nnsight.backends.ndif.backend._MOST_CELLS", 3)
 
 
 def run_both(persona: Persona, *arguments: object) -> dict[str, object]:
@@ -167,8 +167,8 @@ def test_a_result_of_many_megabytes(ndif: NdifServer, persona: Persona) -> None:
 def test_two_replicas_work_at_once(
     ndif: NdifServer, persona: Persona, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("persona_nnsight.backends.ndif._MOST_CELLS", 1)
-    monkeypatch.setattr("persona_nnsight.backends.ndif._JOB_TOKENS", 1)
+    monkeypatch.setattr("persona_nnsight.backends.ndif.backend._MOST_CELLS", 1)
+    monkeypatch.setattr("persona_nnsight.backends.ndif.backend._JOB_TOKENS", 1)
     command = ("substitute", *SMALL, *CONDITIONS, "--remote")
     assert persona(*command, "--out", "one").code == 0
     where = json.loads(Path("one/run.json").read_text())["backend"]

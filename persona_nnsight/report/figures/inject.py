@@ -5,11 +5,11 @@ from __future__ import annotations
 import math
 from typing import TYPE_CHECKING, Any
 
-from persona_nnsight.conditions import HOST
+from persona_nnsight.analysis.kl_tables import records
+from persona_nnsight.method.conditions import HOST
 from persona_nnsight.report.figures.canvas import Figure
-from persona_nnsight.report.figures.kl import KL_LABEL, distinct, finite
 from persona_nnsight.report.figures.rows import Row, row_panel
-from persona_nnsight.tables import records
+from persona_nnsight.report.figures.substitute import KL_LABEL, distinct, finite
 
 if TYPE_CHECKING:
     from collections.abc import Mapping

@@ -1,0 +1,174 @@
+"""`persona grids`: list, show, check and import grids."""
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated
+
+import typer
+from rich.table import Table
+from rich.text import Text
+
+from persona_cli.console import output
+
+if TYPE_CHECKING:
+    from persona_nnsight.prompts.grids import Grid
+
+app = typer.Typer()
+
+
+@app.callback(invoke_without_command=True)
+def grids(ctx: typer.Context) -> None:
+    """The personas and tasks to measure: built-in grids, and your own as YAML files.
+
+    A grid crosses personas ("Yoda") with tasks ("Write a haiku ..."). Each
+    pair is a cell; its prompt is "As Yoda, Write a haiku ...".
+
+    Without a command, this lists the built-in grids. To make your own, save
+    what `show short --yaml` prints, edit it, and `check` it.
+    """
+    if ctx.invoked_subcommand is None:
+        list_grids()
+
+
+@app.command("list")
+def list_grids() -> None:
+    """List the built-in grids and their sizes.
+
+    Where a grid is asked for, give one of these names or a YAML file's path.
+    """
+    from persona_nnsight.prompts.grids import Grid
+
+    table = _table("grid", "personas", "tasks", "cells", numbers=3)
+    for name in Grid.builtin_names():
+        grid = Grid.load(name)
+        table.add_row(name, str(len(grid.personas)), str(len(grid.tasks)), str(len(grid.cells)))
+    output().print(table)
+
+
+@app.command()
+def show(
+    grid: Annotated[
+        str,
+        typer.Argument(metavar="NAME|FILE", help="A built-in grid, or the path of a YAML file."),
+    ],
+    yaml: Annotated[
+        bool, typer.Option("--yaml", help="Print the YAML, to start a grid of your own from.")
+    ] = False,
+) -> None:
+    """Show the personas, tasks, baselines and markers of a grid.
+
+    Markers are words that give a persona away in a generated text. One with
+    a space or a hyphen counts anywhere in the text, any other only as a
+    whole word.
+    """
+    from persona_nnsight.prompts.grids import Grid
+
+    loaded = Grid.load(grid)
+    if yaml:
+        typer.echo(loaded.to_yaml(), nl=False)
+        return
+    # User text goes in as Text, in which [brackets] and :colons: mean nothing.
+    head = Table.grid(padding=(0, 2))
+    head.add_column(style="bold", no_wrap=True)
+    head.add_column(overflow="fold")
+    for label, text in (
+        ("grid", f"{loaded.name}, {_size(loaded)}"),
+        ("template", loaded.template),
+        ("baseline persona", loaded.baseline_persona),
+        ("baseline task", loaded.baseline_task),
+    ):
+        head.add_row(label, Text(text))
+    personas = _texts("persona", "markers", [(p.key, p.text, p.markers) for p in loaded.personas])
+    tasks = _texts("task", "tags", [(t.key, t.text, t.tags) for t in loaded.tasks])
+    console = output()
+    for table in (head, personas, tasks):
+        console.print(table)
+        console.print()
+
+
+@app.command()
+def check(
+    file: Annotated[Path, typer.Argument(metavar="FILE", help="The YAML file of a grid.")],
+) -> None:
+    """Check that a YAML file is a grid, and say how large it is.
+
+    Finds missing and misspelt fields, empty texts, keys given twice and the
+    like, without loading a model.
+    """
+    from persona_nnsight.prompts.grids import Grid
+
+    grid = Grid.load(file)
+    typer.echo(f"ok: {grid.name}, {_size(grid)}")
+
+
+@app.command("import")
+def import_script(
+    script: Annotated[
+        Path,
+        typer.Argument(
+            metavar="SCRIPT.py",
+            help="A Python file that assigns dictionaries such as PERSONAS and TASKS.",
+        ),
+    ],
+    out: Annotated[
+        Path | None,
+        typer.Option(
+            "--out",
+            metavar="FILE",
+            help="Write the grid to this new YAML file instead of printing it.",
+        ),
+    ] = None,
+) -> None:
+    """Turn the personas and tasks of a Python script into a YAML grid.
+
+    The script is read, never run. Taken from its top level are the
+    dictionaries whose names contain "persona", "task" and "marker", and the
+    strings whose names contain "base" and "persona" or "task". Look the
+    result over before you measure with it.
+    """
+    from persona_nnsight.errors import PersonaError
+    from persona_nnsight.prompts.grid_import import grid_from_script
+
+    grid = grid_from_script(script)
+    if out is None:
+        typer.echo(grid.to_yaml(), nl=False)
+        return
+    try:
+        with out.open("x", encoding="utf-8", newline="\n") as stream:
+            stream.write(grid.to_yaml())
+    except FileExistsError:
+        raise PersonaError(
+            f"{str(out)!r} exists already and is not overwritten; "
+            "give --out a new name, or remove the file first"
+        ) from None
+    except OSError as problem:
+        raise PersonaError(
+            f"{str(out)!r} cannot be written ({problem.strerror}); "
+            "give --out a path in an existing folder that you can write to"
+        ) from None
+    typer.echo(f"wrote {out}: {grid.name}, {_size(grid)}")
+
+
+def _size(grid: "Grid") -> str:
+    parts = (len(grid.personas), "persona"), (len(grid.tasks), "task"), (len(grid.cells), "cell")
+    personas, tasks, cells = (f"{n} {noun}{'' if n == 1 else 's'}" for n, noun in parts)
+    return f"{personas} x {tasks} = {cells}"
+
+
+def _texts(kind: str, extra: str, rows: Sequence[tuple[str, str, tuple[str, ...]]]) -> Table:
+    """Make a table of texts, without the extra column if nothing has one."""
+    with_extra = any(words for _, _, words in rows)
+    table = _table(kind, "text", *([extra] if with_extra else []))
+    for key, text, words in rows:
+        table.add_row(Text(key), Text(text), *([Text(", ".join(words))] if with_extra else []))
+    return table
+
+
+def _table(first: str, *others: str, numbers: int = 0) -> Table:
+    """Make a plain table whose last `numbers` columns are right-aligned."""
+    table = Table(box=None, padding=(0, 2, 0, 0), pad_edge=False, header_style="bold")
+    table.add_column(first, no_wrap=True, style="cyan")
+    for i, name in enumerate(others):
+        right = i >= len(others) - numbers
+        table.add_column(name, justify="right" if right else "left", overflow="fold")
+    return table

@@ -1,0 +1,1 @@
+"""Work on an NDIF server: jobs are sent, followed, and their results taken."""

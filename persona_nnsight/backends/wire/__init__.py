@@ -1,0 +1,1 @@
+"""What travels to a server, and what runs there first."""

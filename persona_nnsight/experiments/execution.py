@@ -1,0 +1,184 @@
+"""Carrying out plans: the engine's events are gathered into results."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+
+from persona_nnsight.analysis.kl_tables import Text, factors_of, geometry_table
+from persona_nnsight.backends.interface import Backend
+from persona_nnsight.backends.local import LocalBackend
+from persona_nnsight.engine.run import run
+from persona_nnsight.experiments.results import CaptureResult, EditResult, MarkersResult, Result
+from persona_nnsight.method.sites import format_layers, format_positions
+from persona_nnsight.models.loading import Model
+from persona_nnsight.plan.costs import Cost, estimate
+from persona_nnsight.plan.events import Event, Recorded, Scored, Written
+from persona_nnsight.plan.joining import join
+from persona_nnsight.plan.plan import Plan
+from persona_nnsight.prompts.grids import Grid
+from persona_nnsight.storage.residuals import Residuals
+
+#: Called as ``progress(done, total)`` whenever work is finished; the unit is one row of a table.
+Progress = Callable[[int, int], None]
+
+
+class Interrupted(KeyboardInterrupt):
+    """Ctrl-C during a run; ``results`` holds what was finished, by the place of its plan."""
+
+    def __init__(self, results: dict[int, Result]) -> None:
+        super().__init__()
+        self.results = results
+
+
+def execute(
+    model: Model,
+    grid: Grid,
+    plan: Plan,
+    progress: Progress | None = None,
+    backend: Backend | None = None,
+) -> Result:
+    """Carry out a plan that was made for this model and grid, and gather its results.
+
+    `backend` does the work; None does it here.
+
+    Raises:
+        PersonaError: a value that is not finite, or memory that runs out.
+        Interrupted: Ctrl-C; holds what was finished.
+    """
+    return execute_together(model, [(grid, plan)], progress, backend)[0]
+
+
+def execute_together(
+    model: Model,
+    studies: Sequence[tuple[Grid, Plan]],
+    progress: Progress | None = None,
+    backend: Backend | None = None,
+) -> list[Result]:
+    """Carry out several plans in one pass, so that what they share is computed once.
+
+    The results are in the order of `studies` and equal those of plans carried out one by one.
+    `backend` does the work; None does it here.
+
+    Raises:
+        PersonaError: a value that is not finite, or memory that runs out.
+        Interrupted: Ctrl-C; holds what was finished.
+    """
+    worker = LocalBackend(model) if backend is None else backend
+    joint = join([plan for _, plan in studies])
+    limits = worker.limits(joint.plan)
+    gathered = [_Gathered(model, grid, plan) for grid, plan in studies]
+    start = time.perf_counter()
+    seconds = {"first_cells_recorded": 0.0}
+
+    def result(part: int, *, complete: bool) -> Result:
+        cost = estimate(joint.parts[part], model, limits)
+        seconds["total"] = time.perf_counter() - start
+        return gathered[part].result(
+            cost, dict(seconds), worker.record(joint.plan), complete=complete
+        )
+
+    done = 0
+    try:
+        for event in worker.run(run, joint.plan, limits):
+            for part, own in joint.split(event):
+                gathered[part].take(own)
+            if isinstance(event, Recorded):
+                first = seconds["first_cells_recorded"] or time.perf_counter() - start
+                seconds["first_cells_recorded"] = first
+            done += len(event.cells) if isinstance(event, Recorded) else 1
+            if progress is not None:
+                progress(done, joint.plan.n_results)
+    except KeyboardInterrupt as interrupt:
+        finished = [part for part, each in enumerate(gathered) if each.has_results]
+        raise Interrupted({part: result(part, complete=False) for part in finished}) from interrupt
+    return [result(part, complete=True) for part in range(len(studies))]
+
+
+@dataclass
+class _Gathered:
+    """What the engine has handed over for one plan so far."""
+
+    model: Model
+    grid: Grid
+    plan: Plan
+    recorded: list[Recorded] = field(default_factory=list)
+    scores: list[Scored] = field(default_factory=list)
+    texts: list[Written] = field(default_factory=list)
+
+    @property
+    def has_results(self) -> bool:
+        return bool(self.scores or self.texts or (self.plan.keeps_residuals and self.recorded))
+
+    def take(self, event: Event) -> None:
+        match event:
+            case Recorded():
+                self.recorded.append(event)
+            case Scored():
+                self.scores.append(event)
+            case Written():
+                self.texts.append(event)
+
+    def result(
+        self, cost: Cost, seconds: dict[str, float], where: dict[str, Any], *, complete: bool
+    ) -> Result:
+        texts = sorted(self.texts, key=lambda text: (text.cell, text.edit))
+        continuations = {
+            cell: tokens
+            for event in self.recorded
+            for cell, tokens in zip(event.cells, event.continuations, strict=True)
+        }
+        margins = {
+            cell: min(each)
+            for event in self.recorded
+            for cell, each in zip(event.cells, event.margins, strict=True)
+        }
+        cells = sorted(continuations)
+        geometry = self._geometry()
+        common: dict[str, Any] = {
+            "model": self.model,
+            "grid": self.grid,
+            "plan": self.plan,
+            "cost": cost,
+            "continuations": {cell: continuations[cell] for cell in cells},
+            "margins": margins,
+            "geometry": geometry_table(self.plan, cells, geometry),
+            "texts": [_text(self.model, self.plan, text) for text in texts],
+            "seconds": seconds,
+            "complete": complete,
+            "where": where,
+        }
+        if self.plan.keeps_residuals:
+            chunks = [(event.cells, event.residuals or {}) for event in self.recorded]
+            return CaptureResult(**common, residuals=Residuals(chunks))
+        if any(edit.scored for edit in self.plan.edits):
+            return EditResult(**common, scores=self.scores)
+        return MarkersResult(**common)
+
+    def _geometry(self) -> dict[str, torch.Tensor]:
+        """What the chunks hold, by measure: their cells joined, in the order of the plan."""
+        cells = torch.tensor([cell for event in self.recorded for cell in event.cells])
+        parts = [event.geometry for event in self.recorded]
+        return {key: torch.cat([part[key] for part in parts])[cells.argsort()] for key in parts[0]}
+
+
+def _text(model: Model, plan: Plan, written: Written) -> Text:
+    cell, edit = plan.cells[written.cell], plan.edits[written.edit]
+    return Text(
+        persona=cell.persona,
+        task=cell.task,
+        condition=edit.condition,
+        position=format_positions(edit.positions) if edit.layers else None,
+        layers=format_layers(edit.layers) if edit.layers else None,
+        **factors_of(edit),
+        text=str(
+            model.tokenizer.decode(
+                list(written.tokens), skip_special_tokens=True, clean_up_tokenization_spaces=False
+            )
+        ),
+        n_tokens=len(written.tokens),
+    )

@@ -1,0 +1,1 @@
+"""The paper's definitions: sites, conditions, edit vectors, geometry, KL, markers."""

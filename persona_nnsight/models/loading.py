@@ -1,0 +1,312 @@
+"""From a model spec (hub id, directory, GGUF file, embedded alias) to a traceable nnsight model."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import torch
+
+from persona_nnsight.errors import PersonaError
+from persona_nnsight.models.module_tree import ModuleTree, find_tree
+from persona_nnsight.models.weights.embedded import ALIAS
+from persona_nnsight.models.weights.model_files import code_references, first_line, has_vocabulary
+from persona_nnsight.models.weights.resolve import Weights, resolve
+
+if TYPE_CHECKING:
+    from nnsight.modeling.transformers import TransformersModel
+    from transformers import PretrainedConfig, PreTrainedTokenizerBase
+
+DEFAULT_MODEL = ALIAS
+
+#: Attention implementations; transformers would take others, and fetch some from the hub to run.
+ATTENTION = ("eager", "sdpa", "flash_attention_2", "flash_attention_3")
+
+DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
+_CUDA = re.compile(r"cuda(?::(0|[1-9][0-9]{0,3}))?")
+
+
+@dataclass(frozen=True)
+class Model:
+    """A model ready to be traced, or its weightless skeleton.
+
+    Attributes:
+        lm: the nnsight model; on the meta device when `has_weights` is False.
+        tokenizer: its tokenizer, with the chat template.
+        weights: where the weights come from, and what identifies them.
+        tree: where the decoder layers are, and the sizes the plan needs.
+        dtype: of the weights and activations. Residual arithmetic is float32 regardless.
+        device: ``cpu``, ``cuda:0``, ``mps``, … or ``balanced`` over several GPUs.
+        attention: the attention implementation in use, such as ``sdpa``.
+        eos_ids: tokens that end a continuation.
+        n_parameters: number of weights.
+        has_weights: False for a skeleton that only plans.
+        trust_remote_code: whether code that comes with the checkpoint was allowed to run.
+    """
+
+    lm: TransformersModel
+    tokenizer: PreTrainedTokenizerBase
+    weights: Weights
+    tree: ModuleTree
+    dtype: torch.dtype
+    device: str
+    attention: str
+    eos_ids: tuple[int, ...]
+    n_parameters: int
+    has_weights: bool
+    trust_remote_code: bool = False
+
+
+def load_model(
+    spec: str = DEFAULT_MODEL,
+    *,
+    revision: str | None = None,
+    dtype: str = "auto",
+    device: str = "auto",
+    attn: str | None = None,
+    trust_remote_code: bool = False,
+    weights: bool = True,
+    fetch: bool = True,
+    notify: Callable[[str], None] | None = None,
+) -> Model:
+    """Load a causal language model for tracing.
+
+    Args:
+        spec: a hub id (``google/gemma-2-2b-it``), a local directory, a ``.gguf`` file, or the
+            alias of the embedded model, ``smollm2-135m``.
+        revision: branch, tag or commit of a hub model.
+        dtype: ``float32``, ``bfloat16``, ``float16``, or ``auto``: bfloat16 on a GPU, float32 on a
+            CPU. float16 is never chosen for you; it overflows on several models.
+        device: ``auto`` (the best single device), ``cpu``, ``cuda``, ``cuda:1``, ``mps``, or
+            ``balanced`` (shared out over all GPUs).
+        attn: attention implementation (``eager``, ``sdpa``, ``flash_attention_2``); None leaves
+            the choice to transformers, but for models that cap their attention logits (Gemma 2),
+            where only ``eager`` computes the cap.
+        trust_remote_code: run Python code that comes with the checkpoint, where transformers has
+            none of its own for it. That code has all rights of this process: read it first, and
+            of a hub model give `revision` as a commit, so that it stays what was read.
+        weights: False builds the skeleton alone, enough to plan a run; of a hub model only the
+            configuration and tokenizer are fetched for it.
+        fetch: False never downloads or converts weights.
+        notify: called with a line of text before something slow (a download, a conversion).
+
+    Raises:
+        PersonaError: no such model, device or dtype, files that cannot be read, or code in them
+            that is not trusted.
+    """
+    placement = _device(device)
+    chosen_dtype = _dtype(dtype, placement)
+    if attn not in (None, *ATTENTION):
+        raise PersonaError(f"Attention {attn!r} is not known; use {', '.join(ATTENTION)}.")
+    source = resolve(spec, revision=revision, fetch=fetch, weights=weights, notify=notify)
+    if trust_remote_code:
+        _check_origin_of_code(source)
+    config = _load_config(source, trust_remote_code)
+    tokenizer = _load_tokenizer(source, trust_remote_code)
+    lm = _load_lm(
+        source,
+        config,
+        tokenizer,
+        chosen_dtype,
+        placement if weights else None,
+        attn,
+        trust_remote_code,
+    )
+    module = lm._module
+    return Model(
+        lm=lm,
+        tokenizer=tokenizer,
+        weights=source,
+        tree=find_tree(module, chosen_dtype),
+        dtype=chosen_dtype,
+        device=placement,
+        attention=str(module.config._attn_implementation),
+        eos_ids=_eos_ids(module.generation_config, module.config, tokenizer),
+        n_parameters=sum(parameter.numel() for parameter in module.parameters()),
+        has_weights=weights,
+        trust_remote_code=trust_remote_code,
+    )
+
+
+def _device(device: str) -> str:
+    if device == "auto":
+        if torch.cuda.is_available():
+            return "cuda:0"
+        return "mps" if torch.backends.mps.is_available() else "cpu"
+    if device == "cpu":
+        return device
+    cuda = _CUDA.fullmatch(device)
+    if device == "balanced" or cuda:
+        count = torch.cuda.device_count()
+        if count == 0:
+            raise PersonaError(f"Device {device!r} needs a CUDA GPU and there is none; use cpu.")
+        if cuda and int(cuda[1] or 0) >= count:
+            raise PersonaError(
+                f"Device {device!r} does not exist: there are {count} GPUs, cuda:0 to "
+                f"cuda:{count - 1}."
+            )
+        return "cuda:0" if device == "cuda" else device
+    if device == "mps":
+        if not torch.backends.mps.is_available():
+            raise PersonaError("Device 'mps' is not available on this machine; use cpu.")
+        return device
+    raise PersonaError(
+        f"Device {device!r} is not known; use auto, cpu, cuda, cuda:N, mps or balanced."
+    )
+
+
+def _dtype(dtype: str, device: str) -> torch.dtype:
+    if dtype == "auto":
+        return torch.float32 if device == "cpu" else torch.bfloat16
+    if dtype not in DTYPES:
+        raise PersonaError(f"Dtype {dtype!r} is not known; use auto, {', '.join(DTYPES)}.")
+    return DTYPES[dtype]
+
+
+def _check_origin_of_code(source: Weights) -> None:
+    """Refuse code from another repository, which no revision of this one pins."""
+    elsewhere = sorted(name for name in code_references(Path(source.path)) if "--" in name)
+    if elsewhere:
+        raise PersonaError(
+            f"The model {source.spec!r} takes its code from another repository "
+            f"({elsewhere[0].split('--')[0]}), which --revision does not pin; download both into "
+            "one directory, correct auto_map in its config.json, and give that."
+        )
+
+
+def _load_tokenizer(source: Weights, trust_remote_code: bool) -> PreTrainedTokenizerBase:
+    from transformers import AutoTokenizer
+
+    try:
+        return AutoTokenizer.from_pretrained(source.path, trust_remote_code=trust_remote_code)
+    except Exception as error:
+        if _asks_for_code(error, trust_remote_code):
+            raise _untrusted(source) from error
+        found = has_vocabulary(Path(source.path))
+        reason = first_line(error) if found else "its vocabulary is missing"
+        raise PersonaError(
+            f"The tokenizer of {source.spec!r} cannot be read ({reason}); a model "
+            "directory needs tokenizer.json or the tokenizer files of its family."
+        ) from error
+
+
+def _load_config(source: Weights, trust_remote_code: bool) -> PretrainedConfig:
+    from transformers import AutoConfig
+
+    try:
+        config: PretrainedConfig = AutoConfig.from_pretrained(
+            source.path, trust_remote_code=trust_remote_code
+        )
+    except Exception as error:
+        if _asks_for_code(error, trust_remote_code):
+            raise _untrusted(source) from error
+        raise _unreadable(source, error) from error
+    if config.is_encoder_decoder:
+        raise PersonaError(
+            f"The model {source.spec!r} is an encoder-decoder ({config.model_type}), which has no "
+            "prompt-to-answer residual stream; use a decoder-only language model."
+        )
+    return config
+
+
+def _load_lm(
+    source: Weights,
+    config: PretrainedConfig,
+    tokenizer: PreTrainedTokenizerBase,
+    dtype: torch.dtype,
+    device: str | None,
+    attn: str | None,
+    trust_remote_code: bool,
+) -> TransformersModel:
+    """The model with its weights on `device`, or its skeleton when that is None."""
+    from nnsight.modeling.transformers import TransformersModel
+    from transformers import AutoModelForCausalLM
+
+    if attn is None and getattr(config.get_text_config(decoder=True), _SOFT_CAP, None):
+        attn = "eager"
+    options: dict[str, Any] = {"dtype": dtype, "trust_remote_code": trust_remote_code}
+    if attn is not None:
+        options["attn_implementation"] = attn
+    wrapping: dict[str, Any] = {"task": "text-generation", "tokenizer": tokenizer}
+    loader: Any = AutoModelForCausalLM
+    try:
+        if device is None:
+            return TransformersModel(source.path, **wrapping, **options)
+        module, report = loader.from_pretrained(
+            source.path,
+            device_map=device if device == "balanced" else {"": device},
+            output_loading_info=True,
+            ignore_mismatched_sizes=True,  # to name them below
+            use_safetensors=True,  # anything else is a pickle, which can run code
+            **options,
+        )
+    except Exception as error:
+        if _asks_for_code(error, trust_remote_code):
+            raise _untrusted(source) from error
+        raise _unreadable(source, error) from error
+    if report["mismatched_keys"]:
+        name, there, needed = sorted(report["mismatched_keys"])[0]
+        raise PersonaError(
+            f"The weights of {source.spec!r} do not fit its config.json: {name} has the shape "
+            f"{list(there)} and should have {list(needed)}; fetch or copy the model again, whole."
+        )
+    if report["missing_keys"]:
+        # transformers would go on with random values in their place.
+        missing = sorted(report["missing_keys"])
+        raise PersonaError(
+            f"The weights of {source.spec!r} lack {len(missing)} of the model's tensors "
+            f"({missing[0]}, ...); fetch or copy the model again, whole."
+        )
+    module.eval()
+    module.requires_grad_(False)
+    return TransformersModel(module, **wrapping)
+
+
+#: Set in the configuration of models that cap their attention logits (Gemma 2). transformers'
+#: default attention there, sdpa, silently leaves the cap out, which changes the logits.
+_SOFT_CAP = "attn_logit_softcapping"
+
+
+def _asks_for_code(error: Exception, trusted: bool) -> bool:
+    """Whether transformers gave up because it would have to run code, which it is told not to."""
+    return not trusted and "trust_remote_code" in str(error)
+
+
+def _untrusted(source: Weights) -> PersonaError:
+    return PersonaError(
+        f"The model {source.spec!r} needs Python code that comes with the checkpoint, which was "
+        "not run; read it, and if you trust it with all your rights on this machine, add "
+        "--trust-remote-code (trust_remote_code=True in Python) and, for a hub model, --revision "
+        "with a commit."
+    )
+
+
+def _unreadable(source: Weights, error: Exception) -> PersonaError:
+    return PersonaError(
+        f"The model {source.spec!r} cannot be loaded ({first_line(error)}); check that it is a "
+        "causal language model that this version of transformers reads, and that its files are "
+        "whole."
+    )
+
+
+def _eos_ids(
+    generation_config: Any, config: PretrainedConfig, tokenizer: PreTrainedTokenizerBase
+) -> tuple[int, ...]:
+    candidates = (
+        getattr(generation_config, "eos_token_id", None),
+        getattr(config.get_text_config(decoder=True), "eos_token_id", None),
+        tokenizer.eos_token_id,
+    )
+    for eos in candidates:
+        if eos is not None:
+            ids = tuple(eos) if isinstance(eos, list | tuple) else (eos,)
+            if not all(type(token) is int for token in ids):
+                raise PersonaError(
+                    f"The model's eos_token_id is {eos!r}; generation_config.json and config.json "
+                    "must give a token id or a list of them."
+                )
+            return ids
+    return ()

@@ -1,0 +1,129 @@
+"""Several plans on one model as one, so that what they share is computed once.
+
+Plans share prompts, and the cells that they share have one clean continuation, one set of clean
+log-probabilities and one reading of the residuals. Every event of the joint run is handed back to
+the plans it belongs to, in their own numbers.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, replace
+
+import torch
+
+from persona_nnsight.method.conditions import TASK_KEY
+from persona_nnsight.method.sites import POSITIONS
+from persona_nnsight.plan.events import Event, Recorded, Scored, Written
+from persona_nnsight.plan.plan import CellPlan, Edit, Plan
+from persona_nnsight.prompts.encoding import Prompt
+
+
+@dataclass(frozen=True)
+class JointPlan:
+    """A plan that does the work of several.
+
+    Attributes:
+        plan: the joint plan.
+        parts: the plans it was made of.
+        cells: for each part, from a cell of the joint plan to the part's own number.
+        edits: for every edit of the joint plan, the part and the edit's number there.
+    """
+
+    plan: Plan
+    parts: tuple[Plan, ...]
+    cells: tuple[dict[int, int], ...]
+    edits: tuple[tuple[int, int], ...]
+
+    def split(self, event: Event) -> Iterator[tuple[int, Event]]:
+        """The event as each part sees it: (part, event)."""
+        if len(self.parts) == 1:
+            yield 0, event
+            return
+        match event:
+            case Recorded():
+                for part in range(len(self.parts)):
+                    if (own := self._recorded(event, part)) is not None:
+                        yield part, own
+            case Scored() | Written():
+                part, edit = self.edits[event.edit]
+                yield part, replace(event, cell=self.cells[part][event.cell], edit=edit)
+
+    def _recorded(self, event: Recorded, part: int) -> Recorded | None:
+        plan, mine = self.parts[part], self.cells[part]
+        rows = [row for row, cell in enumerate(event.cells) if cell in mine]
+        if not rows:
+            return None
+        positions = [self.plan.positions.index(name) for name in plan.positions]
+        layers = [self.plan.layers.index(layer) for layer in plan.layers]
+
+        def own(values: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+            return {key: value[rows][:, positions][:, :, layers] for key, value in values.items()}
+
+        return Recorded(
+            cells=tuple(mine[event.cells[row]] for row in rows),
+            continuations=tuple(event.continuations[row][: plan.reference_tokens] for row in rows),
+            margins=tuple(event.margins[row][: plan.reference_tokens] for row in rows),
+            geometry=own(event.geometry),
+            residuals=own(event.residuals) if plan.keeps_residuals and event.residuals else None,
+        )
+
+
+def join(plans: Sequence[Plan]) -> JointPlan:
+    """Make one plan of several, which were made for the same model and the same baselines.
+
+    Raises:
+        ValueError: plans that cannot share a run: other windows or seeds, other Δ_X to use, one
+            name for two cells, or cells of which only some need the residual of another persona.
+    """
+    first = plans[0]
+    windows = {plan.window for plan in plans if any(edit.scored for edit in plan.edits)}
+    if len(windows) > 1 or any(
+        (plan.given_x, plan.seed) != (first.given_x, first.seed) for plan in plans
+    ):
+        raise ValueError("plans with different windows, seeds or given effects cannot be joined")
+    prompts: dict[str, Prompt] = {p.text: p for plan in plans for p in plan.prompts}
+    place = {text: index for index, text in enumerate(prompts)}
+    cells: dict[tuple[str, str], CellPlan] = {}
+    for plan in plans:
+        for cell in plan.cells:
+            own = {key: place[plan.prompts[i].text] for key, i in cell.prompts.items()}
+            known = cells.get((cell.persona, cell.task))
+            if known is not None and known.prompts["XY"] != own["XY"]:
+                raise ValueError(f"{cell.persona}/{cell.task} is another prompt in each plan")
+            before = {} if known is None else known.prompts
+            cells[cell.persona, cell.task] = replace(cell, prompts={**before, **own})
+    if len({frozenset(cell.prompts) - {TASK_KEY} for cell in cells.values()}) > 1:
+        raise ValueError("plans whose cells need different residuals cannot be joined")
+    number = {key: index for index, key in enumerate(cells)}
+    numbers = [[number[cell.persona, cell.task] for cell in plan.cells] for plan in plans]
+    asked = {name for plan in plans for name in plan.positions}
+    joint = replace(
+        first,
+        prompts=tuple(prompts.values()),
+        cells=tuple(cells.values()),
+        layers=tuple(sorted({layer for plan in plans for layer in plan.layers})),
+        positions=tuple(name for name in POSITIONS if name in asked),
+        window=max(windows, default=first.window),
+        keeps_residuals=any(plan.keeps_residuals for plan in plans),
+        edits=tuple(
+            _on_cells(edit, own, len(cells))
+            for plan, own in zip(plans, numbers, strict=True)
+            for edit in plan.edits
+        ),
+    )
+    return JointPlan(
+        plan=joint,
+        parts=tuple(plans),
+        cells=tuple({joined: own for own, joined in enumerate(part)} for part in numbers),
+        edits=tuple(
+            (part, edit) for part, plan in enumerate(plans) for edit in range(len(plan.edits))
+        ),
+    )
+
+
+def _on_cells(edit: Edit, numbers: Sequence[int], n_cells: int) -> Edit:
+    """The edit on the joint plan's numbers of its cells, which may be all of them."""
+    own = range(len(numbers)) if edit.cells is None else edit.cells
+    cells = tuple(numbers[cell] for cell in own)
+    return replace(edit, cells=None if len(cells) == n_cells else cells)

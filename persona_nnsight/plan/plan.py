@@ -1,0 +1,255 @@
+"""Everything a run will do, as plain data, before anything runs.
+
+A plan holds token ids, numbers and names only: it can be printed, costed, hashed, or sent to a
+server, and needs no model weights.
+"""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+from functools import cached_property
+from typing import TYPE_CHECKING
+
+from persona_nnsight.errors import PersonaError
+from persona_nnsight.method.conditions import DONOR_KEY, RESIDUAL_KEYS, TASK_KEY
+from persona_nnsight.method.sites import generated_index
+from persona_nnsight.prompts.encoding import Prompt, encode_prompt
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
+
+    from persona_nnsight.prompts.grids import Cell, Grid
+
+
+#: Residuals at every site as plain numbers: [positions][layers][d_model].
+Given = tuple[tuple[tuple[float, ...], ...], ...]
+
+
+@dataclass(frozen=True)
+class Edit:
+    """One intervention and what is measured of it, in a run of its own for every cell.
+
+    Attributes:
+        condition: which vector is written (`persona_nnsight.method.edit_vectors`).
+        positions, layers: written in the same run at all of them, each with its own vector; no
+            layers for an unedited run.
+        host: the prompt that is run: ``XY``, ``BY``, or ``Y`` (the task alone).
+        alpha, beta: factors of Δ_X and Δ_Y, for condition ``steer``.
+        scored: whether the KL from the clean run is taken.
+        generate: tokens of greedy text to write, 0 for none.
+        cells: indices into `Plan.cells` of the cells it runs on; None for all.
+    """
+
+    condition: str
+    positions: tuple[str, ...]
+    layers: tuple[int, ...]
+    host: str = "XY"
+    alpha: float = 1.0
+    beta: float = 1.0
+    scored: bool = True
+    generate: int = 0
+    cells: tuple[int, ...] | None = None
+
+    def runs_on(self, cell: int) -> bool:
+        """Whether the plan's cell number `cell` is one of its cells."""
+        return self._cells is None or cell in self._cells
+
+    @cached_property
+    def _cells(self) -> frozenset[int] | None:
+        """Asked for every cell: a tuple would make plans of many cells slow."""
+        return None if self.cells is None else frozenset(self.cells)
+
+
+@dataclass(frozen=True)
+class CellPlan:
+    """One cell as indices into `Plan.prompts`, by residual key (BB, XB, BY, XY, maybe OB) and Y."""
+
+    persona: str
+    task: str
+    prompts: dict[str, int]
+    seed: int
+
+
+@dataclass(frozen=True)
+class Plan:
+    """A run over cells.
+
+    Attributes:
+        command: the experiment, such as ``capture``.
+        prompts: every unique prompt once.
+        cells: the cells, in the grid's order.
+        layers: layers whose residuals are recorded, ascending.
+        positions: positions whose residuals are recorded, in sequence order.
+        window: how many tokens a KL is summed over.
+        edits: the interventions; none for a capture.
+        keeps_residuals: whether the residuals are handed back.
+        eos_ids: tokens that end a continuation.
+        pad_id: a token for padding; attention never sees it.
+        seed: of the ``random`` condition.
+        given_x: Δ_X to use in place of the run's own, by persona: [positions][layers][d_model].
+    """
+
+    command: str
+    prompts: tuple[Prompt, ...]
+    cells: tuple[CellPlan, ...]
+    layers: tuple[int, ...]
+    positions: tuple[str, ...]
+    window: int
+    edits: tuple[Edit, ...]
+    keeps_residuals: bool
+    eos_ids: tuple[int, ...]
+    pad_id: int
+    seed: int
+    given_x: dict[str, Given] | None = None
+
+    @property
+    def last_generated(self) -> int:
+        """K, the highest k of the positions gk (0 when only prompt positions are asked)."""
+        return max(generated_index(position) for position in self.positions)
+
+    @property
+    def reference_tokens(self) -> int:
+        """Length of the clean continuation: the window of the last position ends it."""
+        return self.window + self.last_generated
+
+    @property
+    def tail(self) -> int:
+        """How many tokens at the end of a prompt stay out of the shared prefix.
+
+        From the first asked prompt position to ``p_last``; one number for all prompts, so that
+        their tails line up in a batch.
+        """
+        if "p_user_last" not in self.positions:
+            return 1
+        return max(len(prompt.ids) - user_last(prompt) for prompt in self.prompts)
+
+    @property
+    def longest_text(self) -> int:
+        """The most tokens of greedy text that an edit asks for."""
+        return max((edit.generate for edit in self.edits), default=0)
+
+    @property
+    def roles(self) -> tuple[str, ...]:
+        """The residual keys that every cell of this plan has."""
+        return tuple(key for key in self.cells[0].prompts if key != TASK_KEY)
+
+    @property
+    def n_results(self) -> int:
+        """How many results the plan leaves: cells recorded, KLs and texts are one each."""
+        total = len(self.cells)
+        for edit in self.edits:
+            cells = len(self.cells) if edit.cells is None else len(edit.cells)
+            total += cells * (edit.scored + (edit.generate > 0))
+        return total
+
+
+def build_plan(
+    command: str,
+    tokenizer: PreTrainedTokenizerBase,
+    grid: Grid,
+    *,
+    layers: tuple[int, ...],
+    positions: tuple[str, ...],
+    window: int,
+    edits: Sequence[Edit] = (),
+    keeps_residuals: bool = False,
+    seed: int = 0,
+    eos_ids: tuple[int, ...] = (),
+    given_x: dict[str, Given] | None = None,
+) -> Plan:
+    """Encode a grid's prompts and lay out its cells.
+
+    Raises:
+        PersonaError: a window or text length that is no positive number, a prompt that the chat
+            template cannot take, or a template in which an asked position does not exist.
+    """
+    if window < 1:
+        raise PersonaError(f"A window of {window} tokens holds nothing; use 1 or more (10).")
+    for edit in edits:
+        if edit.generate < 0:
+            raise PersonaError(f"Cannot generate {edit.generate} tokens; use 0 for none, or more.")
+    prompts: dict[str, int] = {}
+    encoded: list[Prompt] = []
+
+    def index(text: str) -> int:
+        if text not in prompts:
+            prompts[text] = len(encoded)
+            encoded.append(encode_prompt(tokenizer, text))
+        return prompts[text]
+
+    wanted = {*RESIDUAL_KEYS, *(edit.host for edit in edits)}
+    if any(edit.condition == "other_x" for edit in edits):
+        wanted.add(DONOR_KEY)
+    if given_x is not None:
+        wanted.remove("XB")
+    cells = tuple(
+        CellPlan(
+            persona=cell.persona.key,
+            task=cell.task.key,
+            prompts={key: index(text) for key, text in _texts(grid, cell).items() if key in wanted},
+            seed=_cell_seed(seed, grid.prompt(cell.persona, cell.task)),
+        )
+        for cell in grid.cells
+    )
+    pad_id = tokenizer.pad_token_id
+    plan = Plan(
+        command=command,
+        prompts=tuple(encoded),
+        cells=cells,
+        layers=layers,
+        positions=positions,
+        window=window,
+        edits=tuple(edits),
+        keeps_residuals=keeps_residuals,
+        eos_ids=eos_ids,
+        pad_id=pad_id if isinstance(pad_id, int) else 0,
+        seed=seed,
+        given_x=given_x,
+    )
+    shortest = min(plan.prompts, key=lambda prompt: len(prompt.ids))
+    if len(shortest.ids) <= plan.tail:
+        raise PersonaError(
+            f"The prompt {shortest.text!r} is only {len(shortest.ids)} tokens long after the chat "
+            f"template, and the {plan.tail} tokens from the end of the user turn need at least one "
+            "before them; use a longer template."
+        )
+    return plan
+
+
+def user_last(prompt: Prompt) -> int:
+    """Index of the last token of the user turn.
+
+    Raises:
+        PersonaError: the chat template gives it no position.
+    """
+    if prompt.user_last is None:
+        raise PersonaError(
+            "Position 'p_user_last' does not exist with this model: its chat template ends the "
+            "user turn with other tokens when an answer follows; use p_last, g1 to g9."
+        )
+    return prompt.user_last
+
+
+def _texts(grid: Grid, cell: Cell) -> dict[str, str]:
+    persona, task = cell.persona, cell.task
+    texts = {
+        "BB": grid.prompt(None, None),
+        "XB": grid.prompt(persona, None),
+        "BY": grid.prompt(None, task),
+        "XY": grid.prompt(persona, task),
+        TASK_KEY: task.text,
+    }
+    if (donor := grid.donor(persona)) is not None:
+        texts[DONOR_KEY] = grid.prompt(donor, None)
+    return texts
+
+
+def _cell_seed(seed: int, text: str) -> int:
+    return int.from_bytes(hashlib.sha256(f"{seed}:{text}".encode()).digest()[:6], "big")
+
+
+def unique_prompts(plan: Plan, cells: Iterable[CellPlan]) -> list[int]:
+    """Indices of the prompts that `cells` use, each once, in first-use order."""
+    return list(dict.fromkeys(index for cell in cells for index in cell.prompts.values()))

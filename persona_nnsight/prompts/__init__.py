@@ -1,0 +1,1 @@
+"""Grids of personas and tasks, and their prompts as token ids."""

@@ -1,0 +1,117 @@
+"""From a user message to token ids, through the model's own chat template."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from functools import partial
+from typing import TYPE_CHECKING
+
+from persona_nnsight.errors import PersonaError
+from persona_nnsight.prompts.control_text import control_text, decoded
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
+
+_AROUND = 40  # characters of a refused text that a message shows beside the piece
+
+
+@dataclass(frozen=True)
+class Prompt:
+    """One user message, rendered with the generation prompt.
+
+    Attributes:
+        text: the user message.
+        ids: token ids of the whole rendered prompt; the last one is the site ``p_last``.
+        user_last: index in ``ids`` of the last token of the user turn (site ``p_user_last``); None
+            where the template writes the end of that turn differently when an answer follows.
+    """
+
+    text: str
+    ids: tuple[int, ...]
+    user_last: int | None
+
+
+def encode_prompt(tokenizer: PreTrainedTokenizerBase, text: str) -> Prompt:
+    """Render `text` as one user turn and encode it.
+
+    The template is rendered to text and encoded with ``add_special_tokens=False``, since templates
+    carry their own beginning-of-sequence token. A thinking switch, where a template has one, is
+    off: the answer begins right after the prompt.
+
+    Raises:
+        PersonaError: no chat template, one that refuses a lone user turn, or control text of it
+            in `text` (`persona_nnsight.prompts.control_text`).
+    """
+    control = control_text(tokenizer, partial(_render, tokenizer))
+    if (piece := control.find(text)) is not None:
+        raise _forged(tokenizer, text, piece)
+    rendered = _render(tokenizer, [("user", text)])
+    full = _encode(tokenizer, rendered)
+    # The tokenizer may read other letters, such as full-width ones, as those of control text.
+    if (token := control.foreign_id(full)) is not None:
+        raise _forged(tokenizer, text, _spelling(tokenizer, rendered, token))
+    if (mark := control.foreign_mark(partial(decoded, tokenizer, full))) is not None:
+        raise _forged(tokenizer, text, mark)
+    user = _encode(tokenizer, _render(tokenizer, [("user", text)], generation_prompt=False))
+    begins = bool(user) and full[: len(user)] == user
+    return Prompt(text=text, ids=tuple(full), user_last=len(user) - 1 if begins else None)
+
+
+def _render(
+    tokenizer: PreTrainedTokenizerBase,
+    messages: Sequence[tuple[str, str]],
+    *,
+    generation_prompt: bool = True,
+) -> str:
+    """The chat template's text for messages of (role, content)."""
+    if tokenizer.chat_template is None:
+        raise PersonaError(
+            f"The tokenizer of {tokenizer.name_or_path!r} has no chat template, so there is no "
+            "user turn to put a role prompt in; use an instruction-tuned model, or add a "
+            "chat_template.jinja to the model's directory."
+        )
+    try:
+        return str(
+            tokenizer.apply_chat_template(
+                [{"role": role, "content": content} for role, content in messages],
+                tokenize=False,
+                add_generation_prompt=generation_prompt,
+                enable_thinking=False,
+            )
+        )
+    except Exception as error:  # a template is a program, and can trip in any way
+        reason = " ".join(str(error).split())
+        raise PersonaError(
+            f"The chat template of {tokenizer.name_or_path!r} refuses a single user message "
+            f"({reason}); use an instruction-tuned model whose template takes one."
+        ) from error
+
+
+def _encode(tokenizer: PreTrainedTokenizerBase, rendered: str) -> list[int]:
+    ids: list[int] = tokenizer(rendered, add_special_tokens=False)["input_ids"]
+    return ids
+
+
+def _spelling(tokenizer: PreTrainedTokenizerBase, rendered: str, token: int) -> str:
+    """How a control token is written in a text, where the tokenizer tells; else its own name."""
+    name = str(tokenizer.convert_ids_to_tokens(token))
+    try:
+        found = tokenizer(rendered, add_special_tokens=False, return_offsets_mapping=True)
+    except NotImplementedError:  # a tokenizer written in Python
+        return name
+    pairs = zip(found["input_ids"], found["offset_mapping"], strict=True)
+    spellings = {rendered[begin:end] for id_, (begin, end) in pairs if id_ == token}
+    return next(iter(sorted(spellings - {name})), name)
+
+
+def _forged(tokenizer: PreTrainedTokenizerBase, text: str, piece: str) -> PersonaError:
+    at = text.find(piece)
+    begin, end = max(at - _AROUND, 0), at + len(piece) + _AROUND
+    excerpt = "…" * (begin > 0) + text[begin:end] + "…" * (end < len(text))
+    contains = "contains" if at >= 0 else "is read by the tokenizer as if it contained"
+    return PersonaError(
+        f"The text {excerpt!r} {contains} {piece!r}, a control token of the chat template of "
+        f"{tokenizer.name_or_path!r}, which would end or forge a turn; write it otherwise, such as "
+        "with a space inside or without its brackets."
+    )

@@ -1,0 +1,222 @@
+"""The csv tables of a run as tables of the page."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from typing import TYPE_CHECKING, Any
+
+from persona_nnsight.analysis.kl_tables import records
+from persona_nnsight.method.conditions import (
+    HOST,
+    INJECT_CONDITIONS,
+    MARKER_CONDITIONS,
+    STEER,
+    SUBSTITUTE_CONDITIONS,
+)
+from persona_nnsight.report.blocks import (
+    Cell,
+    Table,
+    from_column,
+    interval_cell,
+    number_cell,
+    word,
+)
+from persona_nnsight.report.numbers import Format, count, fixed, kl, plain, share, two_decimals
+
+if TYPE_CHECKING:
+    import pandas as pd
+
+#: Tables with more rows are folded.
+_LONG = 24
+
+_MEANINGS = {
+    **SUBSTITUTE_CONDITIONS,
+    **INJECT_CONDITIONS,
+    HOST: "nothing: the BY prompt as it is (control)",
+    STEER: "h_BB + α Δ_X + β Δ_Y",
+}
+
+#: What the measures of markers are called.
+MEASURES = {"any": "texts with a marker", "distinct": "distinct markers"}
+
+#: Column of words: its heading.
+_WORDS = {
+    "host": "host",
+    "position": "position",
+    "layers": "layers",
+    "condition": "condition",
+    "control": "control",
+    "measure": "measure",
+}
+#: Columns of numbers that are shown as they are: heading and format.
+_VALUES: Mapping[str, tuple[str, Format]] = {
+    "alpha": ("α", plain),
+    "beta": ("β", plain),
+    "median": ("median KL", kl),
+    "recovered": ("recovered", share),
+    "gap_closed": ("gap closed", share),
+    "any": ("cells with a marker", count),
+    "distinct": ("distinct markers, mean", two_decimals),
+    "difference": ("difference", kl),
+    "n": ("cells", count),
+}
+#: Pairs of columns that are shown as one: heading and format.
+_INTERVALS: Mapping[tuple[str, str], tuple[str, Format]] = {
+    ("median_lo", "median_hi"): ("95 % interval", kl),
+    ("q25", "q75"): ("middle half", kl),
+    ("recovered_lo", "recovered_hi"): ("95 % interval", share),
+    ("gap_closed_lo", "gap_closed_hi"): ("95 % interval", share),
+    ("any_lo", "any_hi"): ("95 % interval", lambda value: fixed(value, 1)),
+    ("distinct_lo", "distinct_hi"): ("95 % interval", two_decimals),
+    ("lo", "hi"): ("95 % interval", kl),
+}
+
+_KL_ORDER = (
+    *("host", "position", "layers", "condition", "alpha", "beta"),
+    *("median", ("median_lo", "median_hi"), "recovered", ("recovered_lo", "recovered_hi")),
+    *("gap_closed", ("gap_closed_lo", "gap_closed_hi"), ("q25", "q75"), "n"),
+)
+_CONTRAST_ORDER = (
+    *("host", "position", "layers", "condition", "alpha", "beta", "control"),
+    *("difference", ("lo", "hi"), "lower"),
+)
+_MARKER_ORDER = (
+    *("condition", "position", "layers", "alpha", "beta"),
+    *("any", ("any_lo", "any_hi"), "distinct", ("distinct_lo", "distinct_hi"), "n"),
+)
+
+
+def kl_table(summary: pd.DataFrame) -> Table:
+    """``summary.csv`` of a run with KLs, site by site."""
+    rows = sorted(records(summary), key=_site_order(summary))
+    return _table(
+        "KL over cells, in nats, one row per edit. Recovered: 1 − median KL / median KL of bb at "
+        "the same site."
+        if "recovered" in summary
+        else "KL over cells, in nats, one row per edit.",
+        rows,
+        _present(_KL_ORDER, summary),
+    )
+
+
+def contrast_table(contrasts: pd.DataFrame) -> Table:
+    """``contrasts.csv``: a condition against its controls, cell by cell."""
+    rows = records(contrasts)
+    return _table(
+        "Median over cells of KL(condition) − KL(control), in nats, with its bootstrap 95 % "
+        "interval. Below 0: the condition does better than the control. Last column: in how many "
+        "of the cells it does.",
+        sorted(rows, key=_site_order(contrasts)),
+        _present(_CONTRAST_ORDER, contrasts),
+    )
+
+
+def marker_table(summary: pd.DataFrame) -> Table:
+    """``summary.csv`` of a markers run."""
+    return _table(
+        "Markers of the persona in the generated texts, one row per edit.",
+        records(summary),
+        _present(_MARKER_ORDER, summary),
+    )
+
+
+def marker_contrast_table(contrasts: pd.DataFrame) -> Table:
+    """``contrasts.csv`` of a markers run."""
+    rows = [
+        {**row, "measure": MEASURES.get(row["measure"], row["measure"])}
+        for row in records(contrasts)
+    ]
+    return _table(
+        "Mean over cells of condition − control, with its bootstrap 95 % interval: share of texts "
+        "with a marker, and distinct markers in a text.",
+        rows,
+        _present(
+            ("condition", "layers", "control", "measure", "difference", ("lo", "hi"), "n"),
+            contrasts,
+        ),
+    )
+
+
+def geometry_table(geometry: pd.DataFrame) -> Table:
+    """Medians over cells of ``geometry.csv``, site by site."""
+    names = {
+        "cos_xy_sum": "cos(Δ_XY, Δ_X + Δ_Y)",
+        "cos_x_y": "cos(Δ_X, Δ_Y)",
+        "inter_over_xy": "‖Inter‖ / ‖Δ_XY‖",
+        "inter_over_xy_normed": "the same after the norm",
+    }
+    names = {name: heading for name, heading in names.items() if name in geometry}
+    grouped = geometry.groupby(["position", "layer"], sort=False)
+    medians = grouped[list(names)].median()
+    medians["n"] = grouped["cos_xy_sum"].count()
+    rows = [
+        [
+            Cell(str(row["position"])),
+            Cell(f"{row['layer']:g}"),
+            *(number_cell(row[name], lambda value: fixed(value, 3)) for name in names),
+            number_cell(row["n"], count),
+        ]
+        for row in records(medians.reset_index())
+    ]
+    headings = ["position", "layer", *names.values(), "cells"]
+    return Table(
+        "Medians over cells.", headings, rows, 2, from_column(2, headings), folded=len(rows) > _LONG
+    )
+
+
+def meaning_table(conditions: Sequence[str], command: str) -> Table | None:
+    """What each condition writes; None where nothing is known about any of them."""
+    meanings = {**_MEANINGS, **(MARKER_CONDITIONS if command == "markers" else {})}
+    rows = [[Cell(name), Cell(meanings[name])] for name in conditions if name in meanings]
+    if not rows:
+        return None
+    return Table("", ["condition", "what is written"], rows, 1, frozenset())
+
+
+def _present(order: Sequence[Any], table: pd.DataFrame) -> list[Any]:
+    """The columns and pairs of `order` that a table has; words that never vary say nothing."""
+    chosen = []
+    for name in order:
+        if isinstance(name, tuple):
+            if all(part in table for part in name):
+                chosen.append(name)
+        elif name in table and not (name == "host" and table[name].nunique() == 1):
+            chosen.append(name)
+    return chosen
+
+
+def _table(caption: str, rows: Sequence[Mapping[str, Any]], columns: Sequence[Any]) -> Table:
+    headings, body = [], [[] for _ in rows]  # type: list[str], list[list[Cell]]
+    heads = 0
+    for column in columns:
+        if column in _WORDS:
+            headings.append(_WORDS[column])
+            made = [Cell(word(row[column])) for row in rows]
+            heads += 1
+        elif column in ("alpha", "beta"):
+            headings.append(_VALUES[column][0])
+            made = [number_cell(row[column], plain) for row in rows]
+            heads += 1
+        elif column == "lower":
+            headings.append("lower in")
+            made = [Cell(f"{row['lower']:.0f} of {row['n']:.0f}", row["lower"]) for row in rows]
+        elif isinstance(column, tuple):
+            heading, number = _INTERVALS[column]
+            headings.append(heading)
+            made = [interval_cell(row, column, number) for row in rows]
+        else:
+            heading, number = _VALUES[column]
+            headings.append(heading)
+            made = [number_cell(row[column], number) for row in rows]
+        for cells, cell in zip(body, made, strict=True):
+            cells.append(cell)
+    return Table(
+        caption, headings, body, heads, from_column(heads, headings), folded=len(body) > _LONG
+    )
+
+
+def _site_order(table: pd.DataFrame) -> Callable[[Mapping[str, Any]], tuple[int, ...]]:
+    """Hosts, positions and layers as the table first names them, edits of a site together."""
+    names = [name for name in ("host", "position", "layers") if name in table]
+    at = {name: {v: i for i, v in enumerate(dict.fromkeys(table[name]))} for name in names}
+    return lambda row: tuple(at[name][row[name]] for name in names)
