@@ -14,6 +14,7 @@ from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
+    from persona_nnsight.analysis.columns import read_table
     from persona_nnsight.errors import PersonaError
     from persona_nnsight.experiments.capture import capture
     from persona_nnsight.experiments.execution import Interrupted
@@ -25,7 +26,6 @@ if TYPE_CHECKING:
     from persona_nnsight.models.loading import Model, load_model
     from persona_nnsight.prompts.grids import Cell, Grid, Persona, Task
     from persona_nnsight.reproduction.reproduce import reproduce
-    from persona_nnsight.storage.run_directory import read_table
     from persona_nnsight.storage.vectors import Vectors
 
 __all__ = [
@@ -60,7 +60,7 @@ _HOME = {
     **dict.fromkeys(("Cell", "Grid", "Persona", "Task"), "prompts.grids"),
     **dict.fromkeys(("Model", "load_model"), "models.loading"),
     **dict.fromkeys(("CaptureResult", "EditResult", "MarkersResult"), "experiments.results"),
-    "read_table": "storage.run_directory",
+    "read_table": "analysis.columns",
     "reproduce": "reproduction.reproduce",
     "Vectors": "storage.vectors",
 }

@@ -1,5 +1,7 @@
 """The exceptions a caller has to know, and how their messages show a value."""
 
+import re
+
 
 class PersonaError(Exception):
     """Bad input, said in one sentence that names the value, what is allowed and what to try.
@@ -22,3 +24,23 @@ def quoted(value: object, most: int = 60) -> str:
     if len(text) > most:
         text = f"{text[: most // 2]}…{text[-(most // 2) :]}"
     return repr(text)
+
+
+_ERROR_CLASS = re.compile(r"^\w*(Error|Exception): ")
+
+
+def first_line(error: BaseException) -> str:
+    """Return the first line of an exception's message, or its type's name, to end a sentence on.
+
+    >>> first_line(ValueError("no such thing.\\nSee above.")), first_line(TimeoutError())
+    ('no such thing', 'TimeoutError')
+    >>> first_line(KeyError("metadata")), first_line(ValueError("field x:\\n  TypeError: no int"))
+    ("unknown name 'metadata'", 'field x: no int')
+    """
+    if isinstance(error, KeyError):
+        return f"unknown name {error}"
+    lines = str(error).strip().splitlines() or [type(error).__name__]
+    first = lines[0].strip()
+    if first.endswith(":") and len(lines) > 1:
+        first = f"{first} {_ERROR_CLASS.sub('', lines[1].strip())}"
+    return first.rstrip(".:")

@@ -22,8 +22,8 @@ import pandas as pd
 from persona_cli.commands import reproduce
 from rich.console import Console
 
+from persona_nnsight.analysis.columns import read_table
 from persona_nnsight.analysis.findings import findings
-from persona_nnsight.storage.run_directory import read_table
 
 PROJECT = Path(__file__).parents[1]
 

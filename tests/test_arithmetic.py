@@ -9,7 +9,7 @@ import torch
 from rounding import tolerance
 from torch import tensor
 
-from persona_nnsight import measures
+from persona_nnsight.method import kl as kl_module
 from persona_nnsight.method.conditions import (
     HOST,
     INJECT_CONDITIONS,
@@ -133,7 +133,7 @@ def test_kl_does_not_depend_on_how_many_rows_are_worked_on(
     clean = torch.randn(3, 4, 50, generator=draw).log_softmax(-1)
     logits = torch.randn(5, 4, 50, generator=draw)
     cells, counts = [2, 0, 0, 1, 2], tensor([4, 3, 0, 1, 4])
-    monkeypatch.setitem(measures._BLOCK, "cpu", block)
+    monkeypatch.setitem(kl_module._BLOCK, "cpu", block)
     kl = window_kl(clean, clean.exp(), logits, cells, counts).tolist()
     for row, (cell, count) in enumerate(zip(cells, counts.tolist(), strict=True)):
         p, q = clean[cell, :count].double(), logits[row, :count].double().log_softmax(-1)

@@ -36,7 +36,7 @@ from persona_nnsight.experiments.inject import plan_inject
 from persona_nnsight.experiments.markers import plan_markers
 from persona_nnsight.experiments.substitute import plan_substitute
 from persona_nnsight.plan.plan import CellPlan, Edit, Plan
-from persona_nnsight.prompts.encoding import Prompt
+from persona_nnsight.prompts.prompt import Prompt
 
 Tiny = Callable[..., Model]
 

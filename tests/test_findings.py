@@ -10,14 +10,10 @@ from pathlib import Path
 import pandas as pd
 import pytest
 
+from persona_nnsight.analysis.columns import read_table
 from persona_nnsight.analysis.findings import findings
-from persona_nnsight.analysis.kl_tables import (
-    contrasts,
-    kl_summary,
-    marker_contrasts,
-    marker_summary,
-)
-from persona_nnsight.storage.run_directory import read_table
+from persona_nnsight.analysis.kl_tables import contrasts, kl_summary
+from persona_nnsight.analysis.marker_tables import marker_contrasts, marker_summary
 
 NAN = math.nan
 

@@ -28,8 +28,8 @@ KERNELS = {
 }
 
 COMPUTING = (
-    *("arithmetic", "engine", "joint_plan", "kv_cache", "memory", "models", "ndif_backend"),
-    *("numerics", "reference", "reproduction", "shipping", "smollm2", "texts_and_steering"),
+    *("arithmetic", "engine", "joint_plan", "kv_cache", "models", "numerics"),
+    *("reference", "reproduction", "shipping", "smollm2", "texts_and_steering"),
 )
 
 

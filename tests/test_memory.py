@@ -14,8 +14,9 @@ from conftest import TINY_GRID, Persona
 from rounding import KL64
 from transformers import LlamaConfig
 
-from persona_nnsight import Grid, Model, PersonaError, engine
+from persona_nnsight import Grid, Model, PersonaError
 from persona_nnsight.backends.local import LocalBackend
+from persona_nnsight.engine import run as engine_run
 from persona_nnsight.engine.memory import in_batches
 from persona_nnsight.experiments.execution import execute
 from persona_nnsight.experiments.substitute import plan_substitute, substitute
@@ -73,7 +74,7 @@ def test_a_run_goes_on_in_halves(tiny64: Tiny, step: str, monkeypatch: pytest.Mo
     model = tiny64("llama")
     options: dict[str, Any] = {"layers": (2,), "positions": "p_last,g1", "generate": 4}
     whole = substitute(model, TINY_GRID, **options)
-    real, failed = getattr(engine, step), []
+    real, failed = getattr(engine_run, step), []
 
     def scarce(chunk: Any, recorded: Any, *rest: Any) -> Any:
         rows = len(chunk.cells) if step == "extend" else len(rest[-1])
@@ -82,7 +83,7 @@ def test_a_run_goes_on_in_halves(tiny64: Tiny, step: str, monkeypatch: pytest.Mo
             raise torch.OutOfMemoryError("CUDA out of memory.")
         return real(chunk, recorded, *rest)
 
-    monkeypatch.setattr(engine, step, scarce)
+    monkeypatch.setattr(engine_run, step, scarce)
     halved = substitute(model, TINY_GRID, **options)
     assert failed
     assert halved.texts == whole.texts

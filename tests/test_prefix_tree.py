@@ -10,7 +10,7 @@ import pytest
 
 from persona_nnsight.plan.plan import CellPlan, Edit, Plan
 from persona_nnsight.plan.prefix_tree import PrefixTree, Segment, lay_out, prefix_tree
-from persona_nnsight.prompts.encoding import Prompt
+from persona_nnsight.prompts.prompt import Prompt
 
 Tokens = tuple[int, ...]
 

@@ -26,10 +26,10 @@ from persona_cli.commands import report as cli_report
 from typer.testing import CliRunner
 
 from persona_nnsight import PersonaError
-from persona_nnsight.analysis.kl_tables import (
+from persona_nnsight.analysis.columns import read_table
+from persona_nnsight.analysis.kl_tables import contrasts, kl_summary
+from persona_nnsight.analysis.marker_tables import (
     Text,
-    contrasts,
-    kl_summary,
     marker_contrasts,
     marker_summary,
     marker_table,
@@ -43,7 +43,6 @@ from persona_nnsight.report.figures.lines import EQUALS, Line, line_panel
 from persona_nnsight.report.figures.substitute import cell_dots
 from persona_nnsight.report.generations import highlight
 from persona_nnsight.report.write import write_report
-from persona_nnsight.storage.run_directory import read_table
 
 SCRIPT = "<script>document.title = 'ran'</script>"
 FINDING = "At p_last the additive vector is < its controls & so on."

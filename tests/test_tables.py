@@ -12,13 +12,10 @@ import pytest
 import torch
 
 from persona_nnsight.analysis.bootstrap import drawn_medians, interval
-from persona_nnsight.analysis.kl_tables import (
+from persona_nnsight.analysis.geometry_tables import geometry_summary, geometry_table
+from persona_nnsight.analysis.kl_tables import contrasts, kl_summary, kl_table
+from persona_nnsight.analysis.marker_tables import (
     Text,
-    contrasts,
-    geometry_summary,
-    geometry_table,
-    kl_summary,
-    kl_table,
     marker_contrasts,
     marker_summary,
     marker_table,

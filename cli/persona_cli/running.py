@@ -307,20 +307,3 @@ def show_files(directory: Path) -> None:
     """Print where a run went and what it holds."""
     names = ", ".join(sorted(path.name for path in directory.iterdir()))
     output().print(f"\n{directory}/: {names}", markup=False, soft_wrap=True)
-
-
-def percent(value: float) -> str:
-    """A share for the terminal: ``89 %``, or a dash where there is none."""
-    return f"{round(100 * value)} %" if math.isfinite(value) else "-"
-
-
-def fixed(value: float) -> str:
-    """A number for the terminal, to three decimals; a dash where there is none."""
-    return f"{round(value, 3) + 0.0:.3f}" if math.isfinite(value) else "-"
-
-
-def span(low: float, high: float, *, digits: int) -> str:
-    """An interval for the terminal: ``0.03 to 0.11``, or a dash where there is none."""
-    if not math.isfinite(low):
-        return "-"
-    return f"{round(low, digits) + 0.0:.{digits}f} to {round(high, digits) + 0.0:.{digits}f}"

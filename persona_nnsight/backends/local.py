@@ -8,9 +8,10 @@ from dataclasses import asdict
 from typing import Any, NoReturn
 
 from persona_nnsight.backends.interface import EngineFunction
+from persona_nnsight.engine.memory import default_budget
 from persona_nnsight.errors import OutOfMemoryError, PersonaError
 from persona_nnsight.models.loading import Model
-from persona_nnsight.plan.costs import Limits, check_budget, default_budget, fit_limits
+from persona_nnsight.plan.costs import Limits, check_budget, fit_limits
 from persona_nnsight.plan.data import digest
 from persona_nnsight.plan.events import Done, Event
 from persona_nnsight.plan.plan import Plan

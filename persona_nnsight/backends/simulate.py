@@ -9,8 +9,8 @@ from persona_nnsight.backends.interface import EngineFunction
 from persona_nnsight.backends.local import LocalBackend
 from persona_nnsight.backends.wire.session import run_block
 from persona_nnsight.plan.costs import Limits
-from persona_nnsight.plan.data import part_of
 from persona_nnsight.plan.events import Event
+from persona_nnsight.plan.joining import part_of
 from persona_nnsight.plan.packing import unpack
 from persona_nnsight.plan.plan import Plan
 

@@ -12,7 +12,8 @@ from torch import Tensor
 from persona_nnsight.engine.kv_cache import KVCache
 from persona_nnsight.errors import PersonaError
 from persona_nnsight.models.module_tree import ModuleTree
-from persona_nnsight.plan.plan import CellPlan, Plan, user_last
+from persona_nnsight.plan.plan import CellPlan, Plan
+from persona_nnsight.prompts.prompt import user_last
 
 
 @dataclass(frozen=True)

@@ -76,3 +76,23 @@ def _is_out_of_memory(error: Exception) -> bool:
     return isinstance(error, RuntimeError) and (
         "out of memory" in said or "can't allocate memory" in said or "not enough memory" in said
     )
+
+
+#: Share of the free memory that a run may fill besides the weights, where nothing else is asked.
+_BUDGET_SHARE = 0.5
+
+
+def default_budget(device: str) -> int:
+    """Bytes that a run on `device` may take where no budget is given: a share of what is free."""
+    return int(_BUDGET_SHARE * _free_memory(device))
+
+
+def _free_memory(device: str) -> int:
+    """Bytes that are free now where a model on `device` works."""
+    if device == "balanced":
+        return min(torch.cuda.mem_get_info(index)[0] for index in range(torch.cuda.device_count()))
+    if device.startswith("cuda"):
+        return int(torch.cuda.mem_get_info(device)[0])
+    import psutil
+
+    return int(psutil.virtual_memory().available)

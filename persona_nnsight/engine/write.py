@@ -9,10 +9,10 @@ import torch
 from torch import Tensor
 
 from persona_nnsight.engine.chunk import Chunk
+from persona_nnsight.engine.edits import written_vectors
 from persona_nnsight.engine.finite import edited_not_finite, overflowed
 from persona_nnsight.engine.inputs import prompt_inputs
 from persona_nnsight.engine.record import Record, cut_rows, lengths_to_eos
-from persona_nnsight.engine.score import written_vectors
 from persona_nnsight.method.sites import generated_index
 
 

@@ -8,7 +8,8 @@ from persona_nnsight.experiments.results import CaptureResult
 from persona_nnsight.experiments.setup import Layers, Positions, checked, sites_of
 from persona_nnsight.method.sites import DEFAULT_LAYERS, DEFAULT_POSITIONS
 from persona_nnsight.models.loading import Model
-from persona_nnsight.plan.plan import Plan, build_plan
+from persona_nnsight.plan.building import build_plan
+from persona_nnsight.plan.plan import Plan
 from persona_nnsight.prompts.grids import Grid
 
 

@@ -9,7 +9,9 @@ from typing import Any
 
 import torch
 
-from persona_nnsight.analysis.kl_tables import Text, factors_of, geometry_table
+from persona_nnsight.analysis.geometry_tables import geometry_table
+from persona_nnsight.analysis.kl_tables import factors_of
+from persona_nnsight.analysis.marker_tables import Text
 from persona_nnsight.backends.interface import Backend
 from persona_nnsight.backends.local import LocalBackend
 from persona_nnsight.engine.run import run

@@ -11,7 +11,8 @@ from persona_nnsight.experiments.setup import Layers, checked, clean_text, sites
 from persona_nnsight.method.conditions import HOST, INJECT_CONDITIONS
 from persona_nnsight.method.sites import DEFAULT_LAYERS, parse_layer_sets
 from persona_nnsight.models.loading import Model
-from persona_nnsight.plan.plan import Edit, Plan, build_plan
+from persona_nnsight.plan.building import build_plan
+from persona_nnsight.plan.plan import Edit, Plan
 from persona_nnsight.prompts.grids import Grid
 
 

@@ -9,12 +9,10 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from persona_nnsight.analysis.findings import findings
-from persona_nnsight.analysis.kl_tables import (
+from persona_nnsight.analysis.geometry_tables import geometry_summary
+from persona_nnsight.analysis.kl_tables import contrasts, kl_summary, kl_table
+from persona_nnsight.analysis.marker_tables import (
     Text,
-    contrasts,
-    geometry_summary,
-    kl_summary,
-    kl_table,
     marker_contrasts,
     marker_summary,
     marker_table,

@@ -15,7 +15,8 @@ from persona_nnsight.experiments.setup import Layers, Positions, checked, clean_
 from persona_nnsight.method.conditions import HOST, STEER
 from persona_nnsight.method.sites import EDITED_DEPTH
 from persona_nnsight.models.loading import Model
-from persona_nnsight.plan.plan import Edit, Plan, build_plan
+from persona_nnsight.plan.building import build_plan
+from persona_nnsight.plan.plan import Edit, Plan
 from persona_nnsight.prompts.grids import Grid
 from persona_nnsight.storage.vectors import Vectors
 

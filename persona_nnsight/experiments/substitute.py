@@ -12,7 +12,8 @@ from persona_nnsight.experiments.setup import Layers, Positions, checked, clean_
 from persona_nnsight.method.conditions import SUBSTITUTE_CONDITIONS
 from persona_nnsight.method.sites import DEFAULT_LAYERS, DEFAULT_POSITIONS
 from persona_nnsight.models.loading import Model
-from persona_nnsight.plan.plan import Edit, Plan, build_plan
+from persona_nnsight.plan.building import build_plan
+from persona_nnsight.plan.plan import Edit, Plan
 from persona_nnsight.prompts.grids import Grid
 
 

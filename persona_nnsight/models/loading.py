@@ -10,10 +10,10 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
-from persona_nnsight.errors import PersonaError
+from persona_nnsight.errors import PersonaError, first_line
 from persona_nnsight.models.module_tree import ModuleTree, find_tree
 from persona_nnsight.models.weights.embedded import ALIAS
-from persona_nnsight.models.weights.model_files import code_references, first_line, has_vocabulary
+from persona_nnsight.models.weights.model_files import code_references, has_vocabulary
 from persona_nnsight.models.weights.resolve import Weights, resolve
 
 if TYPE_CHECKING:

@@ -8,8 +8,6 @@ from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass, replace
 from typing import TYPE_CHECKING
 
-import torch
-
 from persona_nnsight.errors import PersonaError
 from persona_nnsight.method.sites import generated_index
 from persona_nnsight.plan.plan import Edit, Plan, unique_prompts
@@ -19,8 +17,6 @@ if TYPE_CHECKING:
     from persona_nnsight.models.loading import Model
     from persona_nnsight.models.module_tree import ModuleTree
 
-#: Share of the free memory that a run may fill besides the weights, where nothing else is asked.
-_BUDGET_SHARE = 0.5
 #: Of that, the share that the rows of one forward may take; cells that wait share the rest.
 _ROWS_SHARE = 0.4
 #: Beyond this many tokens in one forward the matrix products run no faster, so batches stop here.
@@ -219,19 +215,3 @@ def _chunk_bytes(plan: Plan, tree: ModuleTree, limits: Limits) -> int:
     tokens = max(limits.tokens, cells * fed)
     activations = tokens * (8 * tree.d_model + 3 * tree.d_mlp) * 4
     return rows * _longest(plan) * tree.kv_bytes + residuals + logits + activations
-
-
-def default_budget(device: str) -> int:
-    """Bytes that a run on `device` may take where no budget is given: a share of what is free."""
-    return int(_BUDGET_SHARE * _free_memory(device))
-
-
-def _free_memory(device: str) -> int:
-    """Bytes that are free now where a model on `device` works."""
-    if device == "balanced":
-        return min(torch.cuda.mem_get_info(index)[0] for index in range(torch.cuda.device_count()))
-    if device.startswith("cuda"):
-        return int(torch.cuda.mem_get_info(device)[0])
-    import psutil
-
-    return int(psutil.virtual_memory().available)

@@ -4,11 +4,11 @@ from __future__ import annotations
 
 import hashlib
 import json
-from dataclasses import asdict, replace
+from dataclasses import asdict
 from typing import Any
 
-from persona_nnsight.plan.plan import CellPlan, Edit, Given, Plan, unique_prompts
-from persona_nnsight.prompts.encoding import Prompt
+from persona_nnsight.plan.plan import CellPlan, Edit, Given, Plan
+from persona_nnsight.prompts.prompt import Prompt
 
 
 def to_data(plan: Plan) -> dict[str, Any]:
@@ -55,30 +55,3 @@ def _edit(data: dict[str, Any]) -> Edit:
 
 def _given(positions: Any) -> Given:
     return tuple(tuple(tuple(vector) for vector in layers) for layers in positions)
-
-
-def part_of(plan: Plan, cells: range) -> Plan:
-    """The plan on some of its cells, with the prompts that they need.
-
-    Edits keep their numbers; a cell of the part is its number in `plan` less ``cells.start``.
-    """
-    chosen = plan.cells[cells.start : cells.stop]
-    kept = unique_prompts(plan, chosen)
-    place = {index: number for number, index in enumerate(kept)}
-    personas = {cell.persona for cell in chosen}
-    given = plan.given_x
-    return replace(
-        plan,
-        prompts=tuple(plan.prompts[index] for index in kept),
-        cells=tuple(
-            replace(cell, prompts={key: place[index] for key, index in cell.prompts.items()})
-            for cell in chosen
-        ),
-        edits=tuple(
-            edit
-            if edit.cells is None
-            else replace(edit, cells=tuple(n - cells.start for n in edit.cells if n in cells))
-            for edit in plan.edits
-        ),
-        given_x=None if given is None else {k: x for k, x in given.items() if k in personas},
-    )

@@ -15,8 +15,8 @@ import torch
 from persona_nnsight.method.conditions import TASK_KEY
 from persona_nnsight.method.sites import POSITIONS
 from persona_nnsight.plan.events import Event, Recorded, Scored, Written
-from persona_nnsight.plan.plan import CellPlan, Edit, Plan
-from persona_nnsight.prompts.encoding import Prompt
+from persona_nnsight.plan.plan import CellPlan, Edit, Plan, unique_prompts
+from persona_nnsight.prompts.prompt import Prompt
 
 
 @dataclass(frozen=True)
@@ -127,3 +127,30 @@ def _on_cells(edit: Edit, numbers: Sequence[int], n_cells: int) -> Edit:
     own = range(len(numbers)) if edit.cells is None else edit.cells
     cells = tuple(numbers[cell] for cell in own)
     return replace(edit, cells=None if len(cells) == n_cells else cells)
+
+
+def part_of(plan: Plan, cells: range) -> Plan:
+    """The plan on some of its cells, with the prompts that they need.
+
+    Edits keep their numbers; a cell of the part is its number in `plan` less ``cells.start``.
+    """
+    chosen = plan.cells[cells.start : cells.stop]
+    kept = unique_prompts(plan, chosen)
+    place = {index: number for number, index in enumerate(kept)}
+    personas = {cell.persona for cell in chosen}
+    given = plan.given_x
+    return replace(
+        plan,
+        prompts=tuple(plan.prompts[index] for index in kept),
+        cells=tuple(
+            replace(cell, prompts={key: place[index] for key, index in cell.prompts.items()})
+            for cell in chosen
+        ),
+        edits=tuple(
+            edit
+            if edit.cells is None
+            else replace(edit, cells=tuple(n - cells.start for n in edit.cells if n in cells))
+            for edit in plan.edits
+        ),
+        given_x=None if given is None else {k: x for k, x in given.items() if k in personas},
+    )

@@ -6,22 +6,13 @@ server, and needs no model weights.
 
 from __future__ import annotations
 
-import hashlib
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable
 from dataclasses import dataclass
 from functools import cached_property
-from typing import TYPE_CHECKING
 
-from persona_nnsight.errors import PersonaError
-from persona_nnsight.method.conditions import DONOR_KEY, RESIDUAL_KEYS, TASK_KEY
+from persona_nnsight.method.conditions import TASK_KEY
 from persona_nnsight.method.sites import generated_index
-from persona_nnsight.prompts.encoding import Prompt, encode_prompt
-
-if TYPE_CHECKING:
-    from transformers import PreTrainedTokenizerBase
-
-    from persona_nnsight.prompts.grids import Cell, Grid
-
+from persona_nnsight.prompts.prompt import Prompt, user_last
 
 #: Residuals at every site as plain numbers: [positions][layers][d_model].
 Given = tuple[tuple[tuple[float, ...], ...], ...]
@@ -143,111 +134,6 @@ class Plan:
             cells = len(self.cells) if edit.cells is None else len(edit.cells)
             total += cells * (edit.scored + (edit.generate > 0))
         return total
-
-
-def build_plan(
-    command: str,
-    tokenizer: PreTrainedTokenizerBase,
-    grid: Grid,
-    *,
-    layers: tuple[int, ...],
-    positions: tuple[str, ...],
-    window: int,
-    edits: Sequence[Edit] = (),
-    keeps_residuals: bool = False,
-    seed: int = 0,
-    eos_ids: tuple[int, ...] = (),
-    given_x: dict[str, Given] | None = None,
-) -> Plan:
-    """Encode a grid's prompts and lay out its cells.
-
-    Raises:
-        PersonaError: a window or text length that is no positive number, a prompt that the chat
-            template cannot take, or a template in which an asked position does not exist.
-    """
-    if window < 1:
-        raise PersonaError(f"A window of {window} tokens holds nothing; use 1 or more (10).")
-    for edit in edits:
-        if edit.generate < 0:
-            raise PersonaError(f"Cannot generate {edit.generate} tokens; use 0 for none, or more.")
-    prompts: dict[str, int] = {}
-    encoded: list[Prompt] = []
-
-    def index(text: str) -> int:
-        if text not in prompts:
-            prompts[text] = len(encoded)
-            encoded.append(encode_prompt(tokenizer, text))
-        return prompts[text]
-
-    wanted = {*RESIDUAL_KEYS, *(edit.host for edit in edits)}
-    if any(edit.condition == "other_x" for edit in edits):
-        wanted.add(DONOR_KEY)
-    if given_x is not None:
-        wanted.remove("XB")
-    cells = tuple(
-        CellPlan(
-            persona=cell.persona.key,
-            task=cell.task.key,
-            prompts={key: index(text) for key, text in _texts(grid, cell).items() if key in wanted},
-            seed=_cell_seed(seed, grid.prompt(cell.persona, cell.task)),
-        )
-        for cell in grid.cells
-    )
-    pad_id = tokenizer.pad_token_id
-    plan = Plan(
-        command=command,
-        prompts=tuple(encoded),
-        cells=cells,
-        layers=layers,
-        positions=positions,
-        window=window,
-        edits=tuple(edits),
-        keeps_residuals=keeps_residuals,
-        eos_ids=eos_ids,
-        pad_id=pad_id if isinstance(pad_id, int) else 0,
-        seed=seed,
-        given_x=given_x,
-    )
-    shortest = min(plan.prompts, key=lambda prompt: len(prompt.ids))
-    if len(shortest.ids) <= plan.tail:
-        raise PersonaError(
-            f"The prompt {shortest.text!r} is only {len(shortest.ids)} tokens long after the chat "
-            f"template, and the {plan.tail} tokens from the end of the user turn need at least one "
-            "before them; use a longer template."
-        )
-    return plan
-
-
-def user_last(prompt: Prompt) -> int:
-    """Index of the last token of the user turn.
-
-    Raises:
-        PersonaError: the chat template gives it no position.
-    """
-    if prompt.user_last is None:
-        raise PersonaError(
-            "Position 'p_user_last' does not exist with this model: its chat template ends the "
-            "user turn with other tokens when an answer follows; use p_last, g1 to g9."
-        )
-    return prompt.user_last
-
-
-def _texts(grid: Grid, cell: Cell) -> dict[str, str]:
-    persona, task = cell.persona, cell.task
-    texts = {
-        "BB": grid.prompt(None, None),
-        "XB": grid.prompt(persona, None),
-        "BY": grid.prompt(None, task),
-        "XY": grid.prompt(persona, task),
-        TASK_KEY: task.text,
-    }
-    if (donor := grid.donor(persona)) is not None:
-        texts[DONOR_KEY] = grid.prompt(donor, None)
-    return texts
-
-
-def _cell_seed(seed: int, text: str) -> int:
-    return int.from_bytes(hashlib.sha256(f"{seed}:{text}".encode()).digest()[:6], "big")
 
 
 def unique_prompts(plan: Plan, cells: Iterable[CellPlan]) -> list[int]:

@@ -3,33 +3,17 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
 from functools import partial
 from typing import TYPE_CHECKING
 
 from persona_nnsight.errors import PersonaError
 from persona_nnsight.prompts.control_text import control_text, decoded
+from persona_nnsight.prompts.prompt import Prompt
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
 _AROUND = 40  # characters of a refused text that a message shows beside the piece
-
-
-@dataclass(frozen=True)
-class Prompt:
-    """One user message, rendered with the generation prompt.
-
-    Attributes:
-        text: the user message.
-        ids: token ids of the whole rendered prompt; the last one is the site ``p_last``.
-        user_last: index in ``ids`` of the last token of the user turn (site ``p_user_last``); None
-            where the template writes the end of that turn differently when an answer follows.
-    """
-
-    text: str
-    ids: tuple[int, ...]
-    user_last: int | None
 
 
 def encode_prompt(tokenizer: PreTrainedTokenizerBase, text: str) -> Prompt:

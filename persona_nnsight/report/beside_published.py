@@ -6,7 +6,8 @@ import math
 from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
-from persona_nnsight.analysis.kl_tables import RATIOS, records
+from persona_nnsight.analysis.columns import records
+from persona_nnsight.analysis.geometry_tables import RATIOS
 from persona_nnsight.report.blocks import (
     Cell,
     Table,
@@ -15,7 +16,7 @@ from persona_nnsight.report.blocks import (
     number_cell,
     word,
 )
-from persona_nnsight.report.figures.substitute import Records, distinct
+from persona_nnsight.report.figures.table_values import Records, distinct
 from persona_nnsight.report.numbers import Format, count, fixed, kl, share, two_decimals
 
 if TYPE_CHECKING:

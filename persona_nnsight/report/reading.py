@@ -9,12 +9,12 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from persona_nnsight.errors import PersonaError, quoted
+from persona_nnsight.analysis.columns import TEXT_COLUMNS, read_table
+from persona_nnsight.errors import PersonaError, first_line, quoted
 from persona_nnsight.method.sites import NO_LAYERS, POSITIONS
-from persona_nnsight.models.weights.model_files import first_line
 from persona_nnsight.prompts.grids import Grid
 from persona_nnsight.storage.manifest import FORMAT
-from persona_nnsight.storage.run_directory import PENDING, RUN, TEXT_COLUMNS, read_table
+from persona_nnsight.storage.run_directory import PENDING, RUN
 
 if TYPE_CHECKING:
     import pandas as pd

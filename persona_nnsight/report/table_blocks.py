@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
-from persona_nnsight.analysis.kl_tables import records
+from persona_nnsight.analysis.columns import records
 from persona_nnsight.method.conditions import (
     HOST,
     INJECT_CONDITIONS,

@@ -6,7 +6,8 @@ from collections.abc import Callable
 
 import pandas as pd
 
-from persona_nnsight.analysis.kl_tables import RATIOS, geometry_summary, kl_summary
+from persona_nnsight.analysis.geometry_tables import RATIOS, geometry_summary
+from persona_nnsight.analysis.kl_tables import kl_summary
 from persona_nnsight.experiments.results import Result
 from persona_nnsight.method.sites import NO_LAYERS
 from persona_nnsight.reproduction.protocol import Study, has_paper_stimuli, reference_layers

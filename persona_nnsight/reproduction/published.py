@@ -24,8 +24,8 @@ from importlib.resources import as_file, files
 
 import pandas as pd
 
+from persona_nnsight.analysis.columns import read_table
 from persona_nnsight.errors import PersonaError
-from persona_nnsight.storage.run_directory import read_table
 
 #: The model that every table has.
 REFERENCE_MODEL = "google/gemma-2-2b-it"

@@ -29,7 +29,8 @@ import numpy as np
 from gguf import GGUFWriter
 
 from persona_nnsight.errors import PersonaError
-from persona_nnsight.storage.vectors import Vectors, write_new
+from persona_nnsight.storage.files import write_new
+from persona_nnsight.storage.vectors import Vectors
 
 _ARCHITECTURE = "controlvector"
 

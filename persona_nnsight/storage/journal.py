@@ -25,7 +25,8 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from persona_nnsight.errors import PersonaError
-from persona_nnsight.storage.run_directory import LOCK, PARTS, PENDING, RUN, sync
+from persona_nnsight.storage.files import sync
+from persona_nnsight.storage.run_directory import LOCK, PARTS, PENDING, RUN
 
 try:
     import fcntl

@@ -27,12 +27,9 @@ import shutil
 import tempfile
 from collections.abc import Callable
 from pathlib import Path
-from typing import TYPE_CHECKING
 
 from persona_nnsight.errors import PersonaError
-
-if TYPE_CHECKING:
-    import pandas as pd
+from persona_nnsight.storage.files import check_creatable, remove, sync
 
 #: What a run leaves there until it is finished.
 PENDING, PARTS, LOCK = "pending.json", "parts", ".lock"
@@ -41,12 +38,6 @@ RUN = "run.json"
 #: What a process that is killed may leave, besides: files under their temporary names.
 _PARTIAL = ".partial-"
 _REMAINS = (LOCK, f".{PENDING}.partial")
-
-#: Columns of words, in every table; all other columns hold numbers or truth values.
-TEXT_COLUMNS = (
-    *("persona", "task", "condition", "control", "host", "position", "layers", "measure", "hits"),
-    *("published_model", "published_dtype", "published_layers"),
-)
 
 
 def check_free(directory: Path) -> None:
@@ -72,23 +63,6 @@ def check_free(directory: Path) -> None:
         check_creatable(directory, "choose another --out")
     except OSError as error:
         raise _unwritable(directory, error) from error
-
-
-def check_creatable(path: Path, advice: str) -> None:
-    """Refuse a file or directory that cannot be made or written into, before work is spent on it.
-
-    Raises:
-        PersonaError: says why, and `advice`.
-    """
-    there = path.absolute()
-    # A link to nowhere is there: nothing can be made below it.
-    while not there.exists() and not there.is_symlink() and there != there.parent:
-        there = there.parent
-    if not there.is_dir() or not os.access(there, os.W_OK):
-        raise PersonaError(
-            f"Cannot create {str(path)!r}: {str(there)!r} is no directory that you may write to; "
-            f"{advice}."
-        )
 
 
 def _unwritable(directory: Path, error: OSError, *, resumable: bool = False) -> PersonaError:
@@ -127,7 +101,7 @@ def save_run(
     try:
         directory.mkdir(parents=True, exist_ok=True)
         for path in directory.glob(f"{_PARTIAL}*"):
-            _remove(path)  # of an attempt that was killed here
+            remove(path)  # of an attempt that was killed here
         with tempfile.TemporaryDirectory(prefix=_PARTIAL, dir=directory) as partial:
             write_files(Path(partial))
             for path in Path(partial).rglob("*"):
@@ -136,12 +110,12 @@ def save_run(
             for name in sorted(os.listdir(partial), key=lambda name: name == RUN):
                 moved.append(directory / name)
                 if pending:
-                    _remove(directory / name)  # of an attempt that was stopped here
+                    remove(directory / name)  # of an attempt that was stopped here
                 os.replace(Path(partial, name), directory / name)
             sync(directory)
     except BaseException as error:
         for path in moved:
-            _remove(path)
+            remove(path)
         if made:
             shutil.rmtree(directory, ignore_errors=True)
         if isinstance(error, OSError):
@@ -154,45 +128,4 @@ def save_run(
 def clear_journal(directory: Path) -> None:
     """Remove what a finished run was gone on with; last ``pending.json``, which tells of it."""
     for name in (LOCK, PARTS, PENDING):
-        _remove(directory / name)
-
-
-def sync(path: Path) -> None:
-    """Have the system write a file, or the names in a directory, to its disk.
-
-    Raises:
-        OSError: it cannot be written.
-    """
-    if path.is_dir() and os.name == "nt":
-        return  # Windows opens no directories
-    handle = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(handle)
-    finally:
-        os.close(handle)
-
-
-def _remove(path: Path) -> None:
-    if path.is_dir():
-        shutil.rmtree(path, ignore_errors=True)
-    else:
-        path.unlink(missing_ok=True)
-
-
-def read_table(path: str | Path) -> pd.DataFrame:
-    """Read a table of a run directory with the types it was written with.
-
-    pandas alone reads ``layers`` as numbers where every edit has one layer, and a persona whose
-    key is ``NA`` as missing.
-    """
-    import pandas as pd
-
-    with open(path, encoding="utf-8") as file:
-        columns = file.readline().rstrip("\n").split(",")
-    text = [name for name in columns if name in TEXT_COLUMNS]
-    return pd.read_csv(
-        path,
-        dtype=dict.fromkeys(text, "str"),
-        keep_default_na=False,
-        na_values={name: [""] for name in columns if name not in TEXT_COLUMNS},
-    )
+        remove(directory / name)

@@ -13,11 +13,8 @@ with the labels as JSON.
 from __future__ import annotations
 
 import json
-import os
-import tempfile
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
-from filecmp import cmp
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -27,7 +24,7 @@ from safetensors.torch import save
 
 from persona_nnsight.errors import PersonaError
 from persona_nnsight.prompts.grids import Grid
-from persona_nnsight.storage.run_directory import check_creatable
+from persona_nnsight.storage.files import write_new
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -361,53 +358,6 @@ class Vectors:
                     f"the tensor {name!r} holds a value that is not finite; measure it again in "
                     "float32 or bfloat16 (float16 overflows in some models)."
                 )
-
-
-def check_new(path: Path) -> None:
-    """Refuse the name of a file that exists, or that cannot be made.
-
-    Raises:
-        PersonaError: `path` exists already, or is nowhere to write to.
-    """
-    # A link to nowhere does not exist, but os.replace would put the file in its place.
-    if path.exists() or path.is_symlink():
-        raise PersonaError(
-            f"{str(path)!r} exists already and is not overwritten; choose another name, or remove "
-            "it first."
-        )
-    check_creatable(path, "choose a path in a directory that you may write to")
-
-
-def write_new(path: str | Path, write: Callable[[Path], object]) -> Path:
-    """Write a file that does not exist yet, whole or not at all, and return its path.
-
-    One with the same content may be there: a run that is gone on with writes it again.
-
-    Args:
-        path: where the file goes; missing directories are made.
-        write: writes the file under the name it is given, in the same directory.
-
-    Raises:
-        PersonaError: `path` exists already, or cannot be written.
-    """
-    path = Path(path)
-    if not path.is_file():
-        check_new(path)
-    try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        with tempfile.TemporaryDirectory(prefix=".partial-", dir=path.parent) as directory:
-            partial = Path(directory, path.name)
-            write(partial)
-            if path.is_file() and cmp(partial, path, shallow=False):
-                return path
-            check_new(path)
-            os.replace(partial, path)
-    except OSError as error:
-        raise PersonaError(
-            f"{str(path)!r} cannot be written ({error.strerror or error}); choose a path in a "
-            "directory that you may write to."
-        ) from error
-    return path
 
 
 def _index(kind: str, wanted: str | int, known: Sequence[str | int]) -> int:

@@ -24,7 +24,7 @@ from benchmarks.workloads import Subset, Workload, subset_of
 from persona_nnsight import CaptureResult, EditResult, Model
 from persona_nnsight.experiments.execution import execute
 from persona_nnsight.experiments.results import Result
-from persona_nnsight.plan.data import part_of
+from persona_nnsight.plan.joining import part_of
 
 
 @dataclass(frozen=True)

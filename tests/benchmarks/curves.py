@@ -20,7 +20,7 @@ from benchmarks.work import Work, shapes_of
 from persona_nnsight import Grid, Model
 from persona_nnsight.experiments.execution import execute
 from persona_nnsight.experiments.substitute import plan_substitute
-from persona_nnsight.plan.data import part_of
+from persona_nnsight.plan.joining import part_of
 from persona_nnsight.plan.plan import Plan
 
 N_LAYERS = 16

@@ -13,7 +13,8 @@ from itertools import pairwise, takewhile
 from benchmarks.lengths import Lengths
 from benchmarks.work import Work
 from persona_nnsight.method.sites import generated_index
-from persona_nnsight.plan.plan import Edit, Plan, user_last
+from persona_nnsight.plan.plan import Edit, Plan
+from persona_nnsight.prompts.prompt import user_last
 
 
 def floor(plan: Plan, n_layers: int, lengths: Lengths | None = None) -> Work:

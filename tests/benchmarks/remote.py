@@ -7,7 +7,7 @@ from persona_nnsight.backends.ndif.backend import NdifBackend
 from persona_nnsight.backends.ndif.server import Server
 from persona_nnsight.backends.wire.session import Envelope, run_block
 from persona_nnsight.engine.run import run
-from persona_nnsight.plan.data import part_of
+from persona_nnsight.plan.joining import part_of
 from persona_nnsight.plan.plan import Plan
 
 

@@ -10,7 +10,8 @@ from rich.table import Table
 
 from persona_cli import options as o
 from persona_cli.console import titled
-from persona_cli.running import fixed, run_experiment
+from persona_cli.numbers import fixed
+from persona_cli.running import run_experiment
 from persona_nnsight.method.sites import DEFAULT_LAYERS, DEFAULT_POSITIONS
 
 if TYPE_CHECKING:

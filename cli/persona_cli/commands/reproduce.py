@@ -15,6 +15,7 @@ from rich.table import Table
 
 from persona_cli import options as o
 from persona_cli.console import note_step, notes, output
+from persona_cli.numbers import percent, span
 from persona_cli.pending import is_pending, note_pending
 from persona_cli.progress import progress_bar
 from persona_cli.running import (
@@ -22,12 +23,10 @@ from persona_cli.running import (
     cost_summary,
     note_interruption,
     note_nothing_finished,
-    percent,
     prepare,
     show_costs,
     show_files,
     show_findings,
-    span,
 )
 from persona_nnsight.errors import PersonaError
 

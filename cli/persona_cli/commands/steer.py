@@ -11,7 +11,8 @@ from rich.table import Table
 
 from persona_cli import options as o
 from persona_cli.console import titled
-from persona_cli.running import fixed, percent, run_experiment, span
+from persona_cli.numbers import fixed, percent, span
+from persona_cli.running import run_experiment
 from persona_nnsight.errors import PersonaError
 from persona_nnsight.method.sites import EDITED_DEPTH
 
@@ -91,7 +92,8 @@ def steer(
     from persona_nnsight.experiments.capture import plan_capture
     from persona_nnsight.experiments.steer import plan_steer
     from persona_nnsight.method.sites import parse_positions
-    from persona_nnsight.storage.vectors import PROMPT_POSITIONS, Vectors, check_new
+    from persona_nnsight.storage.files import check_new
+    from persona_nnsight.storage.vectors import PROMPT_POSITIONS, Vectors
 
     if vectors is not None and save_vectors is not None:
         raise PersonaError("--vectors and --save-vectors together would copy a file; use one.")

@@ -21,8 +21,9 @@ from persona_nnsight.backends.wire.sources import shipped_name
 from persona_nnsight.errors import PersonaError
 from persona_nnsight.models.loading import Model
 from persona_nnsight.plan.costs import Limits, estimate, fit_limits
-from persona_nnsight.plan.data import part_of, to_data
+from persona_nnsight.plan.data import to_data
 from persona_nnsight.plan.events import Event
+from persona_nnsight.plan.joining import part_of
 from persona_nnsight.plan.packing import unpack
 from persona_nnsight.plan.plan import Plan
 

@@ -19,9 +19,10 @@ import torch
 import transformers
 
 from persona_nnsight.engine.chunk import is_far
+from persona_nnsight.engine.memory import default_budget
 from persona_nnsight.errors import PersonaError
 from persona_nnsight.models.module_tree import ModuleTree, find_tree
-from persona_nnsight.plan.costs import Limits, default_budget, fit_limits
+from persona_nnsight.plan.costs import Limits, fit_limits
 from persona_nnsight.plan.data import from_data
 from persona_nnsight.plan.packing import pack
 from persona_nnsight.plan.plan import Plan

@@ -20,8 +20,8 @@ from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from persona_nnsight.errors import PersonaError
-from persona_nnsight.models.weights.model_files import CONFIG, first_line, human_size
+from persona_nnsight.errors import PersonaError, first_line
+from persona_nnsight.models.weights.model_files import CONFIG, human_size
 
 if TYPE_CHECKING:
     from transformers import PreTrainedConfig, PreTrainedTokenizerBase

@@ -16,12 +16,11 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING, TypeVar
 
-from persona_nnsight.errors import PersonaError
+from persona_nnsight.errors import PersonaError, first_line
 from persona_nnsight.models.weights.embedded import ALIAS
 from persona_nnsight.models.weights.model_files import (
     CONFIG,
     file_sha256,
-    first_line,
     has_vocabulary,
     human_size,
     missing,

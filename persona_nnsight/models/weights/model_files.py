@@ -12,7 +12,6 @@ from __future__ import annotations
 
 import hashlib
 import json
-import re
 from collections.abc import Iterable
 from pathlib import Path, PurePosixPath
 
@@ -28,7 +27,6 @@ PICKLES = ("pytorch_model.bin", "pytorch_model.bin.index.json")
 _SMALL_SUFFIXES = (".json", ".jinja", ".model", ".txt", ".tiktoken", ".py")
 _VOCABULARIES = ("tokenizer.json", "*.model", "vocab.*", "*.tiktoken")
 
-_ERROR_CLASS = re.compile(r"^\w*(Error|Exception): ")
 
 _WHOLE_FILE_LIMIT = 64 * 2**20
 _BLOCKS, _BLOCK_BYTES = 64, 16 * 2**10
@@ -181,23 +179,6 @@ def slug(name: str) -> str:
         char if (char.isascii() and char.isalnum()) or char in "._-" else " " for char in last
     )
     return "-".join(safe.split()).strip(".-") or "model"
-
-
-def first_line(error: BaseException) -> str:
-    """Return the first line of an exception's message, or its type's name, to end a sentence on.
-
-    >>> first_line(ValueError("no such thing.\\nSee above.")), first_line(TimeoutError())
-    ('no such thing', 'TimeoutError')
-    >>> first_line(KeyError("metadata")), first_line(ValueError("field x:\\n  TypeError: no int"))
-    ("unknown name 'metadata'", 'field x: no int')
-    """
-    if isinstance(error, KeyError):
-        return f"unknown name {error}"
-    lines = str(error).strip().splitlines() or [type(error).__name__]
-    first = lines[0].strip()
-    if first.endswith(":") and len(lines) > 1:
-        first = f"{first} {_ERROR_CLASS.sub('', lines[1].strip())}"
-    return first.rstrip(".:")
 
 
 def human_size(size: int) -> str:

@@ -5,11 +5,11 @@ from __future__ import annotations
 import math
 from typing import TYPE_CHECKING, Any
 
-from persona_nnsight.analysis.kl_tables import records
+from persona_nnsight.analysis.columns import records
 from persona_nnsight.method.conditions import HOST
 from persona_nnsight.report.figures.canvas import Figure
 from persona_nnsight.report.figures.rows import Row, row_panel
-from persona_nnsight.report.figures.substitute import KL_LABEL, distinct, finite
+from persona_nnsight.report.figures.table_values import KL_LABEL, distinct, edit_name, finite
 
 if TYPE_CHECKING:
     from collections.abc import Mapping
@@ -71,12 +71,6 @@ def injection_bars(summary: pd.DataFrame, cells: pd.DataFrame) -> Figure:
             "were named; below 0 %: worse than no edit."
         )
     return Figure(name="injection", caption=caption, panels=[*kls, *gaps])
-
-
-def edit_name(row: Mapping[str, Any]) -> str:
-    """A short name of an edit: its condition and layers."""
-    layers = row.get("layers") or "none"
-    return str(row["condition"]) if layers == "none" else f"{row['condition']} L{layers}"
 
 
 def _edit(row: Mapping[str, Any]) -> tuple[Any, ...]:

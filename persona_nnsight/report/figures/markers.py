@@ -5,10 +5,10 @@ from __future__ import annotations
 import math
 from typing import TYPE_CHECKING
 
-from persona_nnsight.analysis.kl_tables import records
+from persona_nnsight.analysis.columns import records
 from persona_nnsight.report.figures.canvas import Figure
-from persona_nnsight.report.figures.inject import edit_name
 from persona_nnsight.report.figures.rows import Row, row_panel
+from persona_nnsight.report.figures.table_values import edit_name
 
 if TYPE_CHECKING:
     import pandas as pd

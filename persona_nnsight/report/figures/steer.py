@@ -6,10 +6,10 @@ import math
 from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any
 
-from persona_nnsight.analysis.kl_tables import records
+from persona_nnsight.analysis.columns import records
 from persona_nnsight.report.figures.canvas import Figure, Panel
 from persona_nnsight.report.figures.lines import EQUALS, Line, line_panel, spread, top_of
-from persona_nnsight.report.figures.substitute import KL_LABEL, Records, distinct
+from persona_nnsight.report.figures.table_values import KL_LABEL, Records, distinct
 from persona_nnsight.report.numbers import plain
 
 if TYPE_CHECKING:

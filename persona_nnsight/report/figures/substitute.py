@@ -3,11 +3,11 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from statistics import median
 from typing import TYPE_CHECKING, Any
 
-from persona_nnsight.analysis.kl_tables import records
+from persona_nnsight.analysis.columns import records
 from persona_nnsight.report.figures.canvas import Figure, Panel
 from persona_nnsight.report.figures.heat import columns_beside, heat_panel
 from persona_nnsight.report.figures.lines import (
@@ -20,12 +20,18 @@ from persona_nnsight.report.figures.lines import (
     top_of,
 )
 from persona_nnsight.report.figures.rows import Row, row_panel
+from persona_nnsight.report.figures.table_values import (
+    KL_LABEL,
+    Records,
+    distinct,
+    layer_axis,
+    layer_sets,
+    main_condition,
+)
 
 if TYPE_CHECKING:
     import pandas as pd
 
-#: Rows of a table as plain mappings.
-Records = Sequence[Mapping[str, Any]]
 
 #: Panels of per-cell dots at most: with more sites, a part of the layers is drawn.
 _MOST_DOT_PANELS = 12
@@ -33,42 +39,8 @@ _MOST_DOT_PANELS = 12
 #: A position looks the same in every panel.
 _POSITION = dict(zip(("p_last", "g1", "g2", "p_user_last"), EQUALS, strict=False))
 
-KL_LABEL = "KL, nats"
 _AXIS = "The axis is linear up to 0.001 and logarithmic above."
 _MEANS_LITTLE = "Where additive is not below its controls, a small KL means little."
-
-
-def distinct(rows: Records, name: str) -> list[Any]:
-    """The values of a column in the order in which they come."""
-    return list(dict.fromkeys(row[name] for row in rows))
-
-
-def layer_sets(rows: Records) -> list[str]:
-    """The layer sets of a table, ascending; ``none`` first."""
-    return sorted(distinct(rows, "layers"), key=_layer_order)
-
-
-def _layer_order(layers: str) -> tuple[list[int], str]:
-    return [int(part) for part in layers.split("+") if part.isdigit()], layers
-
-
-def layer_axis(layers: Sequence[str]) -> tuple[dict[str, float], list[tuple[float, str]]]:
-    """Where layer sets stand on an axis, and the labels to write: at most eight.
-
-    Single layers stand at their number, sets side by side.
-    """
-    if all(layer.isdigit() for layer in layers):
-        at = {layer: float(layer) for layer in layers}
-    else:
-        at = {layer: float(i) for i, layer in enumerate(layers)}
-    return at, [(at[layers[i]], layers[i]) for i in spread(len(layers), 8)]
-
-
-def main_condition(rows: Records) -> str:
-    """The condition that the figures put in front: the additive vector where it was written."""
-    conditions = distinct(rows, "condition")
-    candidates = [c for c in conditions if c not in (*CONTROLS, "clean")]
-    return "additive" if "additive" in conditions else (candidates or conditions)[0]
 
 
 def kl_by_layer(summary: pd.DataFrame) -> Figure:
@@ -318,8 +290,3 @@ def _medians(rows: Records, part: str) -> dict[tuple[str, str], float]:
     for row in rows:
         groups.setdefault((row[part], row["layers"]), []).append(row["kl"])
     return {key: median(values) for key, values in groups.items()}
-
-
-def finite(values: Iterable[float]) -> list[float]:
-    """The values that are numbers."""
-    return [value for value in values if math.isfinite(value)]
