@@ -57,7 +57,7 @@ example: $(VENV)/installed
 
 ## Write the generated parts of the README again: help texts, example outputs.
 readme: $(VENV)/tested
-	$(BIN)/python -m cogapp -r -I tests README.md
+	$(BIN)/python -m cogapp -r -I tests -I tests/support README.md
 
 ## Look the pinned versions up in the advisory database, over the network; one not found is an error.
 audit: $(TOOLS)/installed

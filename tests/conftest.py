@@ -18,14 +18,15 @@ from functools import cache
 from pathlib import Path
 
 import pytest
+from cells import TINY_GRID
+from commands import Outcome, Persona
 from float64 import doubled, in_float64
 from hypothesis import HealthCheck, settings
 from ndif_server import NdifServer
 from persona_cli.app import main
-from reference import Reference
 from tiny import make_model_dir
 
-from persona_nnsight import Grid, Model, load_model
+from persona_nnsight import Model, load_model
 
 # The same examples every time, on a machine of any speed; `--hypothesis-profile=explore` draws
 # many others.
@@ -33,15 +34,6 @@ _ANY_SPEED = settings(deadline=None, database=None, suppress_health_check=[Healt
 settings.register_profile("repeatable", _ANY_SPEED, derandomize=True)
 settings.register_profile("explore", _ANY_SPEED, max_examples=3000)
 settings.load_profile("repeatable")
-
-TINY_GRID = Grid.from_dict(
-    {
-        "name": "tiny",
-        "baseline": {"persona": "someone", "task": "give some advice."},
-        "personas": {"yoda": "Yoda", "marx": "Karl Marx, the author", "chef": "a head chef"},
-        "tasks": {"haiku": "write a haiku.", "review": "review this very long plan in detail."},
-    }
-)
 
 
 @pytest.fixture(scope="session")
@@ -95,21 +87,6 @@ def tiny64(_doubled: Callable[..., Model]) -> Iterator[Callable[..., Model]]:
 def smollm2() -> Model:
     """The embedded model; the first test that asks for it fetches and converts it."""
     return load_model("smollm2-135m")
-
-
-def reference_of(model: Model) -> Reference:
-    """The oracle on the same weights."""
-    return Reference(model.lm._module, model.tokenizer)
-
-
-Persona = Callable[..., "Outcome"]
-
-
-class Outcome:
-    """Exit code and streams of one command."""
-
-    def __init__(self, code: int, out: str, err: str) -> None:
-        self.code, self.out, self.err = code, out, err
 
 
 @pytest.fixture

@@ -17,7 +17,8 @@ from typing import Any
 
 import pytest
 import torch
-from conftest import TINY_GRID, Outcome, Persona
+from cells import TINY_GRID
+from commands import Outcome, Persona
 from ndif_server import NdifServer, free_port
 from rounding import PROMISED_KL
 from safetensors.torch import load_file, save_file

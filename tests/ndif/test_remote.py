@@ -10,7 +10,7 @@ from pathlib import Path
 import numpy as np
 import pandas as pd
 import pytest
-from conftest import Persona
+from commands import Persona
 from ndif_server import NdifServer
 from rounding import PROMISED_KL
 from safetensors.numpy import load_file

@@ -1,0 +1,151 @@
+"""Memory: batches that fit a budget, and runs that go on when it does not suffice."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from functools import partial
+from typing import Any
+
+import pytest
+import torch
+from benchmarks.measure import measure
+from benchmarks.random_models import SPECIAL, random_model, texts_of
+from cells import TINY_GRID
+from commands import Persona
+from rounding import KL64
+from transformers import LlamaConfig
+
+from persona_nnsight import Grid, Model, PersonaError
+from persona_nnsight.backends.local import LocalBackend
+from persona_nnsight.engine import run as engine_run
+from persona_nnsight.engine.memory import in_batches
+from persona_nnsight.experiments.execution import execute
+from persona_nnsight.experiments.substitute import plan_substitute, substitute
+from persona_nnsight.plan.costs import Limits, fit_limits, working_bytes
+
+Tiny = Callable[..., Model]
+
+ERRORS = [
+    torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB."),
+    RuntimeError("DefaultCPUAllocator: can't allocate memory: you tried to allocate 9 bytes."),
+    RuntimeError("MPS backend out of memory"),
+    MemoryError(),
+]
+
+
+@pytest.mark.parametrize("error", ERRORS, ids=lambda error: type(error).__name__)
+def test_a_batch_that_does_not_fit_is_halved(error: Exception) -> None:
+    seen: list[int] = []
+
+    def work(batch: Sequence[int]) -> int:
+        seen.append(len(batch))
+        if len(batch) > 3:
+            raise error
+        return sum(batch)
+
+    done = list(in_batches(range(20), 16, work))
+    assert [item for batch, _ in done for item in batch] == list(range(20))
+    assert sum(result for _, result in done) == sum(range(20))
+    assert seen[:2] == [10, 5]
+    assert max(seen[2:]) <= 3
+
+
+def test_batches_are_about_equal() -> None:
+    assert [len(batch) for batch, _ in in_batches(range(100), 48, len)] == [33, 33, 34]
+
+
+def test_a_single_row_that_does_not_fit() -> None:
+    def work(batch: Sequence[int]) -> None:
+        raise torch.OutOfMemoryError("CUDA out of memory.")
+
+    with pytest.raises(PersonaError, match=r"with a single row \(CUDA out of memory\.\)"):
+        list(in_batches(range(4), 4, work))
+
+
+def test_other_errors_are_not_taken_for_it() -> None:
+    def work(batch: Sequence[int]) -> None:
+        raise RuntimeError("shapes do not match")
+
+    with pytest.raises(RuntimeError, match="shapes do not match"):
+        list(in_batches(range(4), 4, work))
+
+
+@pytest.mark.parametrize("step", ["extend", "score", "write"])
+def test_a_run_goes_on_in_halves(tiny64: Tiny, step: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    model = tiny64("llama")
+    options: dict[str, Any] = {"layers": (2,), "positions": "p_last,g1", "generate": 4}
+    whole = substitute(model, TINY_GRID, **options)
+    real, failed = getattr(engine_run, step), []
+
+    def scarce(chunk: Any, recorded: Any, *rest: Any) -> Any:
+        rows = len(chunk.cells) if step == "extend" else len(rest[-1])
+        if rows > 2:
+            failed.append(rows)
+            raise torch.OutOfMemoryError("CUDA out of memory.")
+        return real(chunk, recorded, *rest)
+
+    monkeypatch.setattr(engine_run, step, scarce)
+    halved = substitute(model, TINY_GRID, **options)
+    assert failed
+    assert halved.texts == whole.texts
+    assert halved.continuations == whole.continuations
+    assert halved.frame()["kl"].tolist() == pytest.approx(whole.frame()["kl"].tolist(), abs=KL64)
+
+
+def test_limits_shrink_with_the_budget(tiny: Tiny) -> None:
+    model = tiny("llama")
+    plan = plan_substitute(model, TINY_GRID, layers="all")
+    least = working_bytes(plan, model.tree, Limits(1, 1, 1024))
+    before: Limits | None = None
+    for share in (64, 8, 2, 1):
+        limits = fit_limits(plan, model.tree, budget=least * share, gpu=False)
+        assert working_bytes(plan, model.tree, limits) <= least * share
+        if before is not None:
+            assert limits.cells <= before.cells
+            assert limits.rows <= before.rows
+        before = limits
+    assert before is not None
+    assert (before.cells, before.rows) == (1, 1)
+
+
+def test_a_budget_is_kept() -> None:
+    # As with real models, most of it goes to logits and KV caches.
+    config = LlamaConfig(
+        vocab_size=60_000,
+        hidden_size=128,
+        intermediate_size=256,
+        num_hidden_layers=4,
+        num_attention_heads=4,
+        num_key_value_heads=4,
+        **SPECIAL,
+    )
+    grid = Grid.load("long").select(["engineer", "chef"])
+    model = random_model("wide", config, texts_of([grid]), device="cpu")
+    plan = plan_substitute(model, grid, layers="all", positions="p_last", conditions="additive")
+    execute(model, grid, plan)  # what is only allocated once
+    chunks = []
+    for budget in (120_000_000, 400_000_000):
+        backend = LocalBackend(model, memory_budget=budget)
+        chunks.append(backend.limits(plan).cells)
+        _, measured = measure(model, partial(execute, model, grid, plan, backend=backend))
+        assert measured.peak_bytes < 1.1 * budget
+    assert chunks[0] < chunks[1]
+
+
+@pytest.mark.parametrize(
+    ("arguments", "said"),
+    [
+        (["--memory-budget", "much"], "'much' is not a size; use a number with MB or GB"),
+        (["--memory-budget", "0GB"], "'0GB' is not a size"),
+        (["--memory-budget", "1MB"], "less than one cell of this run takes"),
+        (["--memory-budget", "1GB", "--backend", "simulate"], "is for --backend local"),
+    ],
+)
+def test_bad_budgets(
+    persona: Persona, tiny_dir: Callable[..., Any], arguments: list[str], said: str
+) -> None:
+    found = persona(
+        "substitute", "-m", tiny_dir("llama"), "-g", "grid.yaml", "--layers", "2", *arguments
+    )
+    assert (found.code, found.out) == (2, "")
+    assert said in " ".join(found.err.split())

@@ -1,0 +1,212 @@
+"""Loading: layer maps, dtypes, devices, and models that cannot be used."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+import torch
+from cells import TINY_GRID, cell_prompts, lookup, reference_of
+from tiny import FAMILIES, N_LAYERS, make_model_dir
+
+from persona_nnsight import Model, PersonaError, capture, load_model, substitute
+from persona_nnsight.models.module_tree import find_tree
+
+TinyDir = Callable[..., Path]
+Tiny = Callable[..., Model]
+
+LAYER_PATHS = {
+    "gemma3_vlm": "model.language_model.layers",
+    "gpt_neox": "gpt_neox.layers",
+    "gpt2": "transformer.h",
+}
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_layer_map(tiny: Tiny, family: str) -> None:
+    tree = tiny(family).tree
+    assert tree.layers == LAYER_PATHS.get(family, "model.layers")
+    assert (tree.n_layers, tree.d_model) == (N_LAYERS, 32)
+
+
+def test_an_unknown_tree_says_what_was_looked_for() -> None:
+    config = SimpleNamespace(num_hidden_layers=3)
+    config.get_text_config = lambda **_: config
+    model: Any = torch.nn.Module()
+    model.config = config
+    model.blocks = torch.nn.ModuleList([torch.nn.Identity()] * 2)
+    with pytest.raises(PersonaError, match=r"one list of 3 modules .* lists here are blocks \(2\)"):
+        find_tree(model, torch.float32)
+    model.left = torch.nn.ModuleList([torch.nn.Identity()] * 3)
+    model.right = torch.nn.ModuleList([torch.nn.Identity()] * 3)
+    with pytest.raises(PersonaError, match=r"left \(3\), right \(3\)"):
+        find_tree(model, torch.float32)
+
+
+def test_a_skeleton_knows_what_the_model_knows(tiny_dir: TinyDir, tiny: Tiny) -> None:
+    skeleton = load_model(str(tiny_dir("gemma3_vlm")), weights=False)
+    loaded = tiny("gemma3_vlm")
+    assert skeleton.tree == loaded.tree
+    assert skeleton.n_parameters == loaded.n_parameters
+    assert {parameter.device.type for parameter in skeleton.lm._module.parameters()} == {"meta"}
+    with pytest.raises(PersonaError, match="without weights"):
+        capture(skeleton, TINY_GRID)
+
+
+@pytest.mark.parametrize("dtype", ["bfloat16", "float16"])
+@pytest.mark.parametrize("family", ["llama", "gemma3_text"])
+def test_low_precision(tiny_dir: TinyDir, family: str, dtype: str) -> None:
+    """Residual arithmetic stays float32: the residuals are the oracle's in the same dtype."""
+    model = load_model(str(tiny_dir(family)), dtype=dtype)
+    reference = reference_of(model)
+    grid = TINY_GRID.select(["chef"], ["haiku"])
+    result = substitute(model, grid, layers=(3,), positions="p_last", conditions=["bb", "clean"])
+    captured = capture(model, grid, layers=(3,), positions="p_last")
+    assert captured.residuals["XY"].dtype == torch.float32
+    prompts = cell_prompts(TINY_GRID, grid.cells[0])
+    expected = reference.cell_residuals(prompts, "p_last", 3, [])
+    eps = torch.finfo(getattr(torch, dtype)).eps
+    for key in ("BB", "XB", "BY", "XY"):
+        scale = expected[key].abs().max()
+        difference = (captured.residuals[key][0, 0, 0] - expected[key]).abs().max()
+        assert difference < 16 * eps * scale, key
+    found = lookup(result)
+    bb = found[("chef", "haiku", "bb", "p_last", "3")][0]
+    clean = found[("chef", "haiku", "clean", "p_last", "3")][0]
+    continuation = reference.continuation(prompts, ["p_last"])
+    assert list(result.continuations[0]) == continuation
+    score = reference.substitution_kl(prompts, "p_last", 3, "bb", continuation)
+    assert bb == pytest.approx(score.kl, rel=0.05)
+    assert abs(clean) < 0.02 * bb
+
+
+@pytest.mark.parametrize(
+    ("dtype", "way_out"), [("float16", "--dtype bfloat16"), ("bfloat16", "--dtype float32")]
+)
+def test_a_residual_that_overflows(
+    tmp_path: Path, tiny_dir: TinyDir, dtype: str, way_out: str
+) -> None:
+    from safetensors.torch import load_file, save_file
+
+    directory = make_model_dir("llama", tmp_path / "overflowing")
+    weights = load_file(directory / "model.safetensors")
+    weights["model.layers.2.mlp.down_proj.weight"] *= 1e6 if dtype == "float16" else 1e38
+    save_file(weights, directory / "model.safetensors", metadata={"format": "pt"})
+    model = load_model(str(directory), dtype=dtype)
+    with pytest.raises(PersonaError) as caught:
+        substitute(model, TINY_GRID, layers=(1, 3), positions="p_last,g1")
+    message = str(caught.value)
+    for part in ("not finite", "layer 3", "position p_last", dtype, way_out):
+        assert part in message, message
+    # Above the asked layers the overflow still shows, in the logits.
+    expected = f"XY prompt .* not finite at layer 3, position p_last in {dtype}; use {way_out}"
+    for command in (substitute, capture):
+        with pytest.raises(PersonaError, match=expected):
+            command(model, TINY_GRID, layers=(1,), positions="p_last,g1")
+    # And above the last residual, where no layer is to be blamed.
+    weights["model.layers.2.mlp.down_proj.weight"] *= 0
+    weights["lm_head.weight"] *= 1e6 if dtype == "float16" else 3e38
+    save_file(weights, directory / "model.safetensors", metadata={"format": "pt"})
+    model = load_model(str(directory), dtype=dtype)
+    with pytest.raises(PersonaError, match=f"not finite after layer 4 in {dtype}; use {way_out}"):
+        capture(model, TINY_GRID, layers=(1,), positions="p_last,g1")
+
+
+def test_auto_dtype_is_float32_on_a_cpu(tiny: Tiny) -> None:
+    model = tiny("llama")
+    assert (model.dtype, model.device) == (torch.float32, "cpu")
+
+
+def test_gemma_2_computes_its_soft_cap(tiny: Tiny, tiny_dir: TinyDir) -> None:
+    assert tiny("gemma2").attention == "eager"
+    assert tiny("llama").attention == "sdpa"
+    assert load_model(str(tiny_dir("llama")), attn="eager").attention == "eager"
+
+
+@pytest.mark.parametrize(
+    ("options", "says"),
+    [
+        ({"device": "cuda"}, "needs a CUDA GPU"),
+        ({"device": "cuda:1"}, "needs a CUDA GPU"),
+        ({"device": "balanced"}, "needs a CUDA GPU"),
+        ({"device": "mps"}, "'mps' is not available"),
+        ({"device": "gpu"}, "'gpu' is not known; use auto, cpu, cuda"),
+        ({"dtype": "half"}, "'half' is not known; use auto, float32"),
+        ({"attn": "quick"}, "'quick' is not known; use eager, sdpa"),
+        ({"attn": "flash_attention_2"}, "cannot be loaded"),
+        ({"revision": "main"}, "for a hub id only"),
+    ],
+)
+@pytest.mark.skipif(torch.cuda.is_available(), reason="says what is missing without a GPU")
+def test_bad_options(tiny_dir: TinyDir, options: dict[str, str], says: str) -> None:
+    with pytest.raises(PersonaError) as caught:
+        load_model(str(tiny_dir("llama")), **options)  # type: ignore[arg-type]
+    assert says in str(caught.value)
+
+
+def test_arguments_of_any_kind(tiny: Tiny) -> None:
+    """Iterators are read once, and every list may be written with commas."""
+    model = tiny("llama")
+    grid = TINY_GRID.select(["yoda"], ["haiku"])
+    asked = substitute(
+        model,
+        grid,
+        layers=(layer for layer in (2, 3)),
+        positions=(name for name in ("p_last", "g1")),
+        conditions=(name for name in ("bb", "additive")),
+    )
+    written = substitute(
+        model, grid, layers="2,3", positions="p_last, g1", conditions="additive, bb"
+    )
+    assert asked.plan == written.plan
+    assert len(asked.frame()) == 2 * 2 * 2
+    with pytest.raises(PersonaError, match="Condition 'magic' does not exist"):
+        substitute(model, grid, conditions="additive,magic")
+
+
+def test_missing_weights_are_not_made_up(tmp_path: Path) -> None:
+    from safetensors.torch import load_file, save_file
+
+    directory = make_model_dir("llama", tmp_path / "incomplete")
+    weights = load_file(directory / "model.safetensors")
+    for name in [name for name in weights if "layers.1.mlp" in name]:
+        del weights[name]
+    save_file(weights, directory / "model.safetensors", metadata={"format": "pt"})
+    with pytest.raises(
+        PersonaError, match=r"lack 3 of the model's tensors \(model\.layers\.1\.mlp"
+    ):
+        load_model(str(directory))
+
+
+def test_encoder_decoders_are_refused(tmp_path: Path) -> None:
+    from tiny import save_tokenizer
+    from transformers import BartConfig, BartForConditionalGeneration
+
+    config = BartConfig(
+        vocab_size=259, d_model=32, encoder_layers=2, decoder_layers=2, encoder_ffn_dim=32,
+        decoder_ffn_dim=32, encoder_attention_heads=2, decoder_attention_heads=2,
+    )  # fmt: skip
+    model: Any = BartForConditionalGeneration(config)
+    model.save_pretrained(str(tmp_path))
+    save_tokenizer(tmp_path)
+    with pytest.raises(PersonaError, match="encoder-decoder"):
+        load_model(str(tmp_path))
+
+
+def test_broken_directories(tmp_path: Path) -> None:
+    directory = make_model_dir("llama", tmp_path / "model")
+    (directory / "model.safetensors").write_bytes(b"not safetensors")
+    with pytest.raises(PersonaError, match="cannot be loaded"):
+        load_model(str(directory))
+    (directory / "tokenizer.json").unlink()
+    with pytest.raises(PersonaError, match="tokenizer"):
+        load_model(str(directory))
+    config = json.loads((directory / "config.json").read_text())
+    config["model_type"] = "unheard_of"
+    (directory / "config.json").write_text(json.dumps(config))
+    with pytest.raises(PersonaError, match="cannot be loaded"):
+        load_model(str(directory))

@@ -1,0 +1,129 @@
+"""Plans carried out together leave what each leaves alone, with less work."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import replace
+from typing import Any
+
+import pytest
+from cells import MARKED
+from rounding import KL64, assert_close, assert_same_table
+
+from persona_nnsight import CaptureResult, Grid, Model
+from persona_nnsight.backends.local import LocalBackend
+from persona_nnsight.engine.run import run
+from persona_nnsight.experiments.capture import plan_capture
+from persona_nnsight.experiments.execution import Interrupted, execute, execute_together
+from persona_nnsight.experiments.inject import plan_inject
+from persona_nnsight.experiments.markers import plan_markers
+from persona_nnsight.experiments.steer import plan_steer
+from persona_nnsight.experiments.substitute import plan_substitute
+from persona_nnsight.plan.costs import Limits
+from persona_nnsight.plan.events import Recorded, Scored, Written
+from persona_nnsight.plan.joining import join
+from persona_nnsight.plan.plan import Plan
+
+Tiny = Callable[..., Model]
+
+
+def studies(model: Model) -> list[tuple[Grid, Plan]]:
+    """Plans over overlapping cells, in other orders, with other sites, tails and lengths."""
+    part = MARKED.select(["marx"])
+    return [
+        (
+            part,
+            plan_substitute(
+                model, part, layers=(2, 4), positions="p_user_last,g1", conditions="by"
+            ),
+        ),
+        (MARKED, plan_inject(model, MARKED, layers="1; 2,3")),
+        (part, plan_markers(model, part, layers=(3,), tokens=5)),
+        (MARKED, plan_capture(model, MARKED, layers=(0, 2), positions="p_last,g2", window=1)),
+        (MARKED, plan_steer(model, MARKED, layers=(1,), alpha="0,2", host="by", generate=4)),
+    ]
+
+
+@pytest.mark.parametrize("limits", [Limits(cells=100, rows=100), Limits(cells=1, rows=3)])
+def test_together_as_alone(tiny64: Tiny, limits: Limits, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(LocalBackend, "limits", lambda self, plan: limits)
+    model = tiny64("llama")
+    both = studies(model)
+    together = execute_together(model, both)
+    for (grid, plan), joined in zip(both, together, strict=True):
+        alone = execute(model, grid, plan)
+        assert joined.plan == plan
+        assert joined.continuations == alone.continuations
+        assert joined.texts == alone.texts
+        assert set(joined.tables) == set(alone.tables)
+        for name, table in joined.tables.items():
+            assert_same_table(table, alone.tables[name], KL64)
+        if isinstance(alone, CaptureResult):
+            assert isinstance(joined, CaptureResult)
+            for key, value in alone.residuals.items():
+                assert_close(joined.residuals[key], value)
+
+
+def test_what_is_shared_is_computed_once(tiny64: Tiny) -> None:
+    model = tiny64("llama")
+    plans = [plan for _, plan in studies(model)]
+    joint = join(plans)
+    texts = {prompt.text for plan in plans for prompt in plan.prompts}
+    assert [prompt.text for prompt in joint.plan.prompts] == list(
+        dict.fromkeys(prompt.text for plan in plans for prompt in plan.prompts)
+    )
+    assert len(joint.plan.prompts) == len(texts)
+    assert len(joint.plan.cells) == len(MARKED.cells)
+    counts: dict[type, int] = {}
+    for event in run(model.lm, model.tree, joint.plan, Limits(cells=100, rows=100)):
+        counts[type(event)] = counts.get(type(event), 0) + 1
+    assert counts[Recorded] == 1
+    scored = sum(len(p.cells) * sum(edit.scored for edit in p.edits) for p in plans)
+    written = sum(len(p.cells) * sum(edit.generate > 0 for edit in p.edits) for p in plans)
+    assert (counts[Scored], counts[Written]) == (scored, written)
+    assert joint.plan.n_results == len(MARKED.cells) + scored + written
+
+
+def test_plans_that_cannot_share_a_run(tiny64: Tiny) -> None:
+    model = tiny64("llama")
+    one = plan_substitute(model, MARKED, layers=(2,), conditions="additive")
+    with pytest.raises(ValueError, match="different windows"):
+        join([one, plan_substitute(model, MARKED, layers=(2,), conditions="by", window=3)])
+    part = plan_substitute(model, MARKED.select(["marx"]), layers=(2,), conditions="other_x")
+    with pytest.raises(ValueError, match="need different residuals"):
+        join([one, part])
+    data: dict[str, Any] = MARKED.to_dict()
+    data["personas"]["marx"] = "Groucho Marx"
+    other = Grid.from_dict(data).select(["marx"])
+    with pytest.raises(ValueError, match="marx/haiku is another prompt"):
+        join([one, plan_substitute(model, other, layers=(2,), conditions="additive")])
+
+
+def test_interrupting_keeps_what_each_plan_has(tiny64: Tiny) -> None:
+    model = tiny64("llama")
+    both = studies(model)[:2]
+    n_first = len(both[0][1].edits) * len(both[0][1].cells)
+
+    def stop(done: int, total: int) -> None:
+        if done == len(MARKED.cells) + n_first // 2:
+            raise KeyboardInterrupt
+
+    with pytest.raises(Interrupted) as stopped:
+        execute_together(model, both, stop)
+    assert set(stopped.value.results) == {0}
+    kept = stopped.value.results[0]
+    assert not kept.complete
+    assert len(kept.frame()) == n_first // 2
+    whole = execute(model, *both[0]).frame()
+    merged = kept.frame().merge(whole, on=[c for c in whole if c not in ("kl", "n_tokens")])
+    assert len(merged) == n_first // 2
+    assert merged["kl_x"].to_numpy() == pytest.approx(merged["kl_y"].to_numpy(), abs=KL64)
+
+
+def test_an_edit_runs_on_its_cells_alone(tiny64: Tiny) -> None:
+    model = tiny64("llama")
+    plan = plan_substitute(model, MARKED, layers=(2,), positions="p_last", conditions="by")
+    plan = replace(plan, edits=tuple(replace(edit, cells=(1, 3)) for edit in plan.edits))
+    table = execute(model, MARKED, plan).frame()
+    cells = [(c.persona.key, c.task.key) for c in (MARKED.cells[1], MARKED.cells[3])]
+    assert list(table[["persona", "task"]].itertuples(index=False, name=None)) == cells
