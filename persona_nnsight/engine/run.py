@@ -88,7 +88,7 @@ def _scores(
 ) -> Iterator[Scored]:
     plan = ready.chunk.plan
     scored = [index for index, edit in enumerate(plan.edits) if edit.scored]
-    for edits in _groups(plan, scored, lambda edit: (edit.positions, edit.layers, edit.host)):
+    for edits in _groups(plan, scored, lambda edit: edit.batch_key):
         first = plan.edits[edits[0]]
 
         def work(batch: Sequence[Row], host: str = first.host) -> list[tuple[float, int]]:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections import Counter
-from collections.abc import Iterator, Sequence
+from collections.abc import Hashable, Iterator, Sequence
 from dataclasses import asdict, dataclass, replace
 from typing import TYPE_CHECKING
 
@@ -169,11 +169,11 @@ def _rows(plan: Plan, chunk: Sequence[int]) -> tuple[Counter[int], Counter[int]]
     """
     scored: Counter[int] = Counter()
     texts: Counter[int] = Counter()
-    first: dict[tuple[tuple[str, ...], tuple[int, ...], str], int] = {}
+    first: dict[Hashable, int] = {}
     for index, edit in enumerate(plan.edits):
         cells = [plan.cells[cell] for cell in chunk if edit.runs_on(cell)]
         if edit.scored and cells:
-            scored[first.setdefault((edit.positions, edit.layers, edit.host), index)] += len(cells)
+            scored[first.setdefault(edit.batch_key, index)] += len(cells)
         if edit.generate and cells:
             # Cells share the text of an unedited prompt that they share.
             unedited = {cell.prompts[edit.host] for cell in cells}

@@ -6,7 +6,7 @@ server, and needs no model weights.
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Hashable, Iterable
 from dataclasses import dataclass
 from functools import cached_property
 
@@ -42,6 +42,11 @@ class Edit:
     scored: bool = True
     generate: int = 0
     cells: tuple[int, ...] | None = None
+
+    @property
+    def batch_key(self) -> Hashable:
+        """What edits that are scored in one batch share: their sites and their host."""
+        return self.positions, self.layers, self.host
 
     def runs_on(self, cell: int) -> bool:
         """Whether the plan's cell number `cell` is one of its cells."""
