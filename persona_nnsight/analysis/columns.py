@@ -1,11 +1,140 @@
-"""Columns that every table has, and tables by row and by edit."""
+"""The columns of all tables, each said once: name, type, heading, meaning.
+
+From here the tables are typed when they are read, the report takes its headings and formats, and
+the documentation of run directories its list.
+"""
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import pandas as pd
+
+#: What the numbers of a column are: it decides how they are written for a person.
+Unit = Literal["nats", "share", "count", "mean", "factor", "layer", ""]
+
+
+@dataclass(frozen=True)
+class Column:
+    """A column of one or more tables.
+
+    Attributes:
+        name: as in the first line of the file.
+        type: ``text``, ``float``, ``integer`` or ``bool``; what it is in a summary after a comma.
+        meaning: a phrase, Markdown.
+        heading: over the column on a page; empty where no page shows it.
+        unit: of its numbers.
+        has_interval: whether a summary has its ends beside it, ``…_lo`` and ``…_hi``.
+        is_name: whether it holds names of ours or keys of a grid, and no free text.
+        is_key: whether it says what a row is about; rows that agree in all of these are one.
+    """
+
+    name: str
+    type: str
+    meaning: str
+    heading: str = ""
+    unit: Unit = ""
+    has_interval: bool = False
+    is_name: bool = False
+    is_key: bool = False
+
+    @property
+    def names(self) -> Iterator[str]:
+        """Its own name, and those of the ends of its interval."""
+        yield self.name
+        if self.has_interval:
+            yield from interval_of(self.name)
+
+
+def interval_of(name: str) -> tuple[str, str]:
+    """The columns that hold the ends of a column's interval."""
+    return f"{name}_lo", f"{name}_hi"
+
+
+def _key(name: str, meaning: str, heading: str = "") -> Column:
+    """A column of names that says what a row is about."""
+    return Column(name, "text", meaning, heading or name, is_name=True, is_key=True)
+
+
+COLUMNS = (
+    _key("persona", "the cell's persona, a key of the grid"),
+    _key("task", "the cell's task, a key of the grid"),
+    _key("condition", "the vector that was written"),
+    _key("control", "the condition that it is set against"),
+    _key("host", "the prompt that was run: `XY` or `BY`"),
+    _key("position", "`p_last`, `g1`, …"),
+    _key("layers", "the layers written together: `14`, `10+12+14`, or `none` for an unedited run"),
+    Column("layer", "integer", "the layer of a geometry row", "layer", "layer", is_key=True),
+    Column("alpha", "float", "factor of Δ_X; steer only", "α", "factor", is_key=True),
+    Column("beta", "float", "factor of Δ_Y; steer only", "β", "factor", is_key=True),
+    _key("measure", "what is counted or compared, such as `any` or `distinct`"),
+    Column(
+        "kl", "float", "nats, summed over `n_tokens`; empty where the window is empty", "KL", "nats"
+    ),
+    Column("n_tokens", "integer", "tokens in the window", unit="count"),
+    Column("median", "float", "median KL over cells", "median KL", "nats", has_interval=True),
+    Column("q25", "float", "the lower quartile over cells", unit="nats"),
+    Column("q75", "float", "the upper quartile over cells", unit="nats"),
+    Column("min", "float", "the smallest over cells", unit="nats"),
+    Column("max", "float", "the largest over cells", unit="nats"),
+    Column("n", "integer", "cells that have a window", "cells", "count"),
+    Column(
+        *("recovered", "float", "of runs of the host `XY`; empty without condition `bb`"),
+        *("recovered", "share"),
+        has_interval=True,
+    ),
+    Column(
+        *("gap_closed", "float", "of runs of the host `BY`", "gap closed", "share"),
+        has_interval=True,
+    ),
+    Column(
+        *("difference", "float", "median paired difference in nats; of markers the mean"),
+        *("difference", "nats"),
+    ),
+    Column("lo", "float", "the lower end of its 95 % interval", unit="nats"),
+    Column("hi", "float", "the upper end of its 95 % interval", unit="nats"),
+    Column("lower", "integer", "cells whose KL is below the control's", "lower in", "count"),
+    Column(
+        *("any", "bool, integer", "whether a marker occurs; in how many texts"),
+        *("cells with a marker", "count"),
+        has_interval=True,
+    ),
+    Column(
+        *("distinct", "integer, float", "how many distinct markers; their mean over texts"),
+        *("distinct markers, mean", "mean"),
+        has_interval=True,
+    ),
+    Column("hits", "text", "which markers occur"),
+    Column(
+        *("cos_xy_sum", "float", "cos(Δ_XY, Δ_X + Δ_Y)", "cos(Δ_XY, Δ_X + Δ_Y)", ""),
+        has_interval=True,
+    ),
+    Column("cos_x_y", "float", "cos(Δ_X, Δ_Y)", "cos(Δ_X, Δ_Y)", has_interval=True),
+    Column("inter_over_xy", "float", "‖Inter‖ / ‖Δ_XY‖", "‖Inter‖ / ‖Δ_XY‖", has_interval=True),
+    Column(
+        *("inter_over_xy_normed", "float", "the same after the layer's input norm"),
+        "the same after the norm",
+        has_interval=True,
+    ),
+    Column("norm_dx", "float", "the length of Δ_X"),
+    Column("norm_dy", "float", "the length of Δ_Y"),
+    Column("norm_dxy", "float", "the length of Δ_XY"),
+    Column("norm_inter", "float", "the length of Inter"),
+    Column("value", "float", "ours, in a table of the paper"),
+    Column("published_model", "text", "the model of the published number"),
+    Column("published_dtype", "text", "the dtype of its weights"),
+    Column("published_layers", "text", "as deep in that model"),
+    Column("published", "float", "the published number"),
+    Column("published_q25", "float", "its lower quartile over cells"),
+    Column("published_q75", "float", "its upper quartile over cells"),
+    Column("same_stimuli", "bool", "whether the cells have the texts of the paper's"),
+)
+
+#: Columns by name, the ends of intervals under those of the column that they belong to.
+COLUMN = {name: column for column in COLUMNS for name in column.names}
 
 CELL = ["persona", "task"]
 SITE = ["host", "position", "layers"]
@@ -31,11 +160,9 @@ def wide_by_edit(table: pd.DataFrame, *values: str) -> tuple[pd.DataFrame, list[
     ]
 
 
-#: Columns of words, in every table; all other columns hold numbers or truth values.
-TEXT_COLUMNS = (
-    *("persona", "task", "condition", "control", "host", "position", "layers", "measure", "hits"),
-    *("published_model", "published_dtype", "published_layers"),
-)
+def is_text(name: str) -> bool:
+    """Whether a column holds words; all others hold numbers or truth values."""
+    return name in COLUMN and COLUMN[name].type == "text"
 
 
 def read_table(path: str | Path) -> pd.DataFrame:
@@ -46,10 +173,10 @@ def read_table(path: str | Path) -> pd.DataFrame:
     """
     with open(path, encoding="utf-8") as file:
         columns = file.readline().rstrip("\n").split(",")
-    text = [name for name in columns if name in TEXT_COLUMNS]
+    text = [name for name in columns if is_text(name)]
     return pd.read_csv(
         path,
         dtype=dict.fromkeys(text, "str"),
         keep_default_na=False,
-        na_values={name: [""] for name in columns if name not in TEXT_COLUMNS},
+        na_values={name: [""] for name in columns if not is_text(name)},
     )

@@ -6,7 +6,7 @@ import math
 from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
-from persona_nnsight.analysis.columns import records
+from persona_nnsight.analysis.columns import COLUMN, records
 from persona_nnsight.analysis.geometry_tables import RATIOS
 from persona_nnsight.report.blocks import (
     Cell,
@@ -17,24 +17,11 @@ from persona_nnsight.report.blocks import (
     word,
 )
 from persona_nnsight.report.figures.table_values import Records, distinct
-from persona_nnsight.report.numbers import Format, count, fixed, kl, share, two_decimals
+from persona_nnsight.report.numbers import FORMATS, Format, count, kl, share
 
 if TYPE_CHECKING:
     import pandas as pd
 
-_FORMATS: Mapping[str, Format] = {
-    "any": count,
-    "distinct": two_decimals,
-    **dict.fromkeys(RATIOS, lambda value: fixed(value, 3)),
-}
-_MEASURES = {
-    "any": "cells with a marker",
-    "distinct": "distinct markers, mean",
-    "cos_xy_sum": "cos(Δ_XY, Δ_X + Δ_Y)",
-    "cos_x_y": "cos(Δ_X, Δ_Y)",
-    "inter_over_xy": "‖Inter‖ / ‖Δ_XY‖",
-    "inter_over_xy_normed": "the same after the norm",
-}
 _NAMES = ("position", "layers", "condition", "persona", "task", "measure")
 
 
@@ -100,7 +87,7 @@ def _table(caption: str, rows: Records, folded: bool) -> Table:
     if {row.get("measure") for row in rows} == {"kl"}:
         names.remove("measure")
     headings = list(names)
-    body = [[Cell(_MEASURES.get(row[name], word(row[name]))) for name in names] for row in rows]
+    body = [[Cell(_word(name, row[name])) for name in names] for row in rows]
     wordy: set[int] = set()
 
     def add(heading: str, cells: Sequence[Cell]) -> None:
@@ -144,5 +131,12 @@ def _table(caption: str, rows: Records, folded: bool) -> Table:
     )
 
 
+def _word(name: str, value: Any) -> str:
+    """A name as it stands in the table, but a measure as its own column is headed."""
+    measured = name == "measure" and value in COLUMN and value != "kl"
+    return COLUMN[value].heading if measured else word(value)
+
+
 def _format(row: Mapping[str, Any]) -> Format:
-    return _FORMATS.get(row.get("measure", ""), kl)
+    measure = row.get("measure", "")
+    return FORMATS[COLUMN[measure].unit][0] if measure in COLUMN else kl

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
+
+from persona_nnsight.analysis.columns import Unit
 
 MISSING = "–"
 _MINUS = "−"
@@ -62,3 +64,15 @@ def two_decimals(value: float) -> str:
 def plain(value: float) -> str:
     """A number as short as it goes, such as a steering strength."""
     return MISSING if math.isnan(value) else f"{value:g}".replace("-", _MINUS)
+
+
+#: How numbers of a unit are written, and the ends of their intervals.
+FORMATS: Mapping[Unit, tuple[Format, Format]] = {
+    "nats": (kl, kl),
+    "share": (share, share),
+    "count": (count, lambda value: fixed(value, 1)),
+    "mean": (two_decimals, two_decimals),
+    "factor": (plain, plain),
+    "layer": (plain, plain),
+    "": (lambda value: fixed(value, 3), lambda value: fixed(value, 3)),
+}

@@ -9,7 +9,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from persona_nnsight.analysis.columns import TEXT_COLUMNS, read_table
+from persona_nnsight.analysis.columns import CELL, COLUMN, COLUMNS, is_text, read_table
 from persona_nnsight.errors import PersonaError, first_line, quoted
 from persona_nnsight.method.sites import NO_LAYERS, POSITIONS
 from persona_nnsight.prompts.grids import Grid
@@ -28,23 +28,19 @@ PARTS = ("table1", "table2", "table3", "table4")
 #: Mappings in ``run.json``; an older run lacks some.
 _OBJECTS = ("model", "backend", "versions", "arguments", "seconds", "grid", "peak_memory_bytes")
 
-_CELL = ("persona", "task")
 #: What a row is about: together they are there once.
-_KEYS = (
-    *(*_CELL, "condition", "control", "host", "position", "layers", "layer"),
-    *("alpha", "beta", "measure"),
-)
+_KEYS = tuple(column.name for column in COLUMNS if column.is_key)
 #: Table: the columns it must have; every other column is optional.
 _KL_COLUMNS = {
-    "kl": (*_CELL, "condition", "position", "layers", "kl", "n_tokens"),
+    "kl": (*CELL, "condition", "position", "layers", "kl", "n_tokens"),
     "summary": ("condition", "position", "layers", "median", "q25", "q75", "min", "max", "n"),
     "contrasts": (
         *("position", "layers", "condition", "control"),
         *("n", "difference", "lo", "hi", "lower"),
     ),
 }
-_GEOMETRY_COLUMNS = (*_CELL, "position", "layer", "cos_xy_sum", "cos_x_y", "inter_over_xy")
-_MARKER_COLUMNS = (*_CELL, "condition", "layers", "any", "distinct", "hits")
+_GEOMETRY_COLUMNS = (*CELL, "position", "layer", "cos_xy_sum", "cos_x_y", "inter_over_xy")
+_MARKER_COLUMNS = (*CELL, "condition", "layers", "any", "distinct", "hits")
 _MARKER_SUMMARY_COLUMNS = ("condition", "layers", "any", "distinct", "n")
 _MARKER_CONTRAST_COLUMNS = (
     *("condition", "layers", "control", "measure"),
@@ -54,20 +50,10 @@ _PUBLISHED_COLUMNS = ("condition", "value", "n", "published_model", "published")
 
 #: Columns that hold names of ours or keys of a grid. Tables are files, and anybody may have
 #: written them: a name is letters, digits and a few signs, before it is drawn or told of.
-_NAMES = (*_CELL, "condition", "control", "host", "position", "layers", "measure")
+_NAMES = tuple(column.name for column in COLUMNS if column.is_name)
 _NAME = re.compile(r"[A-Za-z0-9_.+-]*")
 
 _ADVICE = "a report needs the table as the run wrote it"
-
-#: Optional columns that hold numbers.
-_NUMBERS = {
-    *("alpha", "beta", "gap_closed", "gap_closed_lo", "gap_closed_hi"),
-    *("median_lo", "median_hi"),
-    *("recovered", "recovered_lo", "recovered_hi"),
-    *("norm_dx", "norm_dy", "norm_dxy", "norm_inter", "inter_over_xy_normed"),
-    *("any_lo", "any_hi", "distinct_lo", "distinct_hi"),
-    *("lo", "hi", "q25", "q75", "published_q25", "published_q75", "difference"),
-}
 
 
 @dataclass(frozen=True)
@@ -238,7 +224,7 @@ def _read_csv(path: Path, columns: Sequence[str]) -> pd.DataFrame:
             f"{str(path)!r} has rows with more values than its first line has names; {_ADVICE}."
         )
     for name in table.columns:
-        if name in TEXT_COLUMNS:
+        if is_text(name):
             # pandas takes layers like 14 for numbers where read_table does not know the column.
             table[name] = [_word(value) for value in table[name]]
             for row, value in enumerate(table[name], start=2):
@@ -247,7 +233,7 @@ def _read_csv(path: Path, columns: Sequence[str]) -> pd.DataFrame:
                         f"{str(path)!r} has {value[:60]!r} in row {row}, column {name!r}, where a "
                         f"name belongs; {_ADVICE}."
                     )
-        elif name in columns or name in _NUMBERS:
+        elif name in columns or (name in COLUMN and COLUMN[name].type != "bool"):
             numbers = pd.to_numeric(table[name], errors="coerce")
             for row, (value, number) in enumerate(zip(table[name], numbers, strict=True), start=2):
                 if pd.isna(number) and not pd.isna(value):
@@ -300,7 +286,7 @@ def _read_texts(directory: Path) -> list[Mapping[str, Any]]:
             continue
         try:
             text = json.loads(line)
-            known = all(isinstance(text[name], str) for name in (*_CELL, "condition", "text"))
+            known = all(isinstance(text[name], str) for name in (*CELL, "condition", "text"))
             known = known and all(_NAME.fullmatch(str(text.get(name) or "")) for name in _NAMES)
             known &= isinstance(text.get("position"), str | None)
             known &= isinstance(text.get("layers"), str | int | None)

@@ -5,7 +5,8 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
-from persona_nnsight.analysis.columns import records
+from persona_nnsight.analysis.columns import COLUMN, interval_of, records
+from persona_nnsight.analysis.geometry_tables import RATIOS
 from persona_nnsight.method.conditions import (
     HOST,
     INJECT_CONDITIONS,
@@ -21,7 +22,7 @@ from persona_nnsight.report.blocks import (
     number_cell,
     word,
 )
-from persona_nnsight.report.numbers import Format, count, fixed, kl, plain, share, two_decimals
+from persona_nnsight.report.numbers import FORMATS, count, fixed
 
 if TYPE_CHECKING:
     import pandas as pd
@@ -39,50 +40,22 @@ _MEANINGS = {
 #: What the measures of markers are called.
 MEASURES = {"any": "texts with a marker", "distinct": "distinct markers"}
 
-#: Column of words: its heading.
-_WORDS = {
-    "host": "host",
-    "position": "position",
-    "layers": "layers",
-    "condition": "condition",
-    "control": "control",
-    "measure": "measure",
-}
-#: Columns of numbers that are shown as they are: heading and format.
-_VALUES: Mapping[str, tuple[str, Format]] = {
-    "alpha": ("α", plain),
-    "beta": ("β", plain),
-    "median": ("median KL", kl),
-    "recovered": ("recovered", share),
-    "gap_closed": ("gap closed", share),
-    "any": ("cells with a marker", count),
-    "distinct": ("distinct markers, mean", two_decimals),
-    "difference": ("difference", kl),
-    "n": ("cells", count),
-}
-#: Pairs of columns that are shown as one: heading and format.
-_INTERVALS: Mapping[tuple[str, str], tuple[str, Format]] = {
-    ("median_lo", "median_hi"): ("95 % interval", kl),
-    ("q25", "q75"): ("middle half", kl),
-    ("recovered_lo", "recovered_hi"): ("95 % interval", share),
-    ("gap_closed_lo", "gap_closed_hi"): ("95 % interval", share),
-    ("any_lo", "any_hi"): ("95 % interval", lambda value: fixed(value, 1)),
-    ("distinct_lo", "distinct_hi"): ("95 % interval", two_decimals),
-    ("lo", "hi"): ("95 % interval", kl),
-}
+#: Pairs of columns that are shown as one, beside the intervals of columns.
+_QUARTILES = ("q25", "q75")
+_DIFFERENCE = ("lo", "hi")
 
 _KL_ORDER = (
     *("host", "position", "layers", "condition", "alpha", "beta"),
-    *("median", ("median_lo", "median_hi"), "recovered", ("recovered_lo", "recovered_hi")),
-    *("gap_closed", ("gap_closed_lo", "gap_closed_hi"), ("q25", "q75"), "n"),
+    *("median", interval_of("median"), "recovered", interval_of("recovered")),
+    *("gap_closed", interval_of("gap_closed"), _QUARTILES, "n"),
 )
 _CONTRAST_ORDER = (
     *("host", "position", "layers", "condition", "alpha", "beta", "control"),
-    *("difference", ("lo", "hi"), "lower"),
+    *("difference", _DIFFERENCE, "lower"),
 )
 _MARKER_ORDER = (
     *("condition", "position", "layers", "alpha", "beta"),
-    *("any", ("any_lo", "any_hi"), "distinct", ("distinct_lo", "distinct_hi"), "n"),
+    *("any", interval_of("any"), "distinct", interval_of("distinct"), "n"),
 )
 
 
@@ -131,7 +104,7 @@ def marker_contrast_table(contrasts: pd.DataFrame) -> Table:
         "with a marker, and distinct markers in a text.",
         rows,
         _present(
-            ("condition", "layers", "control", "measure", "difference", ("lo", "hi"), "n"),
+            ("condition", "layers", "control", "measure", "difference", _DIFFERENCE, "n"),
             contrasts,
         ),
     )
@@ -139,13 +112,7 @@ def marker_contrast_table(contrasts: pd.DataFrame) -> Table:
 
 def geometry_table(geometry: pd.DataFrame) -> Table:
     """Medians over cells of ``geometry.csv``, site by site."""
-    names = {
-        "cos_xy_sum": "cos(Δ_XY, Δ_X + Δ_Y)",
-        "cos_x_y": "cos(Δ_X, Δ_Y)",
-        "inter_over_xy": "‖Inter‖ / ‖Δ_XY‖",
-        "inter_over_xy_normed": "the same after the norm",
-    }
-    names = {name: heading for name, heading in names.items() if name in geometry}
+    names = {name: COLUMN[name].heading for name in RATIOS if name in geometry}
     grouped = geometry.groupby(["position", "layer"], sort=False)
     medians = grouped[list(names)].median()
     medians["n"] = grouped["cos_xy_sum"].count()
@@ -189,25 +156,20 @@ def _table(caption: str, rows: Sequence[Mapping[str, Any]], columns: Sequence[An
     headings, body = [], [[] for _ in rows]  # type: list[str], list[list[Cell]]
     heads = 0
     for column in columns:
-        if column in _WORDS:
-            headings.append(_WORDS[column])
-            made = [Cell(word(row[column])) for row in rows]
-            heads += 1
-        elif column in ("alpha", "beta"):
-            headings.append(_VALUES[column][0])
-            made = [number_cell(row[column], plain) for row in rows]
-            heads += 1
-        elif column == "lower":
-            headings.append("lower in")
-            made = [Cell(f"{row['lower']:.0f} of {row['n']:.0f}", row["lower"]) for row in rows]
-        elif isinstance(column, tuple):
-            heading, number = _INTERVALS[column]
-            headings.append(heading)
+        if isinstance(column, tuple):
+            headings.append("middle half" if column == _QUARTILES else "95 % interval")
+            number = FORMATS[COLUMN[column[0]].unit][1]
             made = [interval_cell(row, column, number) for row in rows]
         else:
-            heading, number = _VALUES[column]
-            headings.append(heading)
-            made = [number_cell(row[column], number) for row in rows]
+            known = COLUMN[column]
+            headings.append(known.heading)
+            heads += known.is_key
+            if known.type == "text":
+                made = [Cell(word(row[column])) for row in rows]
+            elif column == "lower":
+                made = [Cell(f"{row['lower']:.0f} of {row['n']:.0f}", row["lower"]) for row in rows]
+            else:
+                made = [number_cell(row[column], FORMATS[known.unit][0]) for row in rows]
         for cells, cell in zip(body, made, strict=True):
             cells.append(cell)
     return Table(
