@@ -20,8 +20,17 @@ DOCS = ROOT / "docs"
 TOKEN = re.compile(r"(?<![\w.])(-?\d+(?:\.\d+)?(?:e[-+]?\d+)?)(?!\w)( ?%)?|\w+|[^\w\s]")
 
 
+#: Pages that show the same runs, side by side and the costly ones first. A worker takes neighbours,
+#: and others take from the end what it has not begun, so that most runs are made by one worker.
+SHARING = [
+    *("docs/commands/substitute.md", "docs/reading-the-numbers.md", "docs/commands/inject.md"),
+    *("docs/commands/steer.md", "docs/commands/vectors.md"),
+    *("README.md", "docs/commands/report.md", "docs/run-directories.md"),
+    "docs/commands/capture.md",
+]
 #: README.md and docs/: what `make docs` generates.
-PAGES = ["README.md", *sorted(page.relative_to(ROOT).as_posix() for page in DOCS.rglob("*.md"))]
+ALL = {"README.md", *(page.relative_to(ROOT).as_posix() for page in DOCS.rglob("*.md"))}
+PAGES = [*SHARING, *sorted(ALL - set(SHARING))]
 LINKED = [*PAGES, "CHANGELOG.md", "SECURITY.md", "outputs/README.md"]
 
 
