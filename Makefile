@@ -6,10 +6,11 @@ MODEL := smollm2-135m
 TOOLS := build/tools
 SECONDS := 600
 WORKERS ?= 2
+PAGES ?= README.md $(wildcard docs/*.md docs/commands/*.md)
 PYTEST := HF_HUB_OFFLINE=1 $(BIN)/python -m pytest
 PARALLEL := -n $(WORKERS) --dist worksteal
 
-.PHONY: demo test test-slow test-ndif fuzz bench ndif-server ndif-server-down example readme audit sbom clean
+.PHONY: demo test test-slow test-ndif fuzz bench ndif-server ndif-server-down example docs audit sbom clean
 
 ## Fetch the embedded model and run the main experiment on it.
 demo: $(VENV)/installed
@@ -25,8 +26,8 @@ test: $(VENV)/tested
 	$(BIN)/mypy
 	$(PYTEST) $(PARALLEL)
 
-## Run the README's commands again and compare; install the wheel into an empty environment; compute
-## as other processors do.
+## Run the commands of the documentation again and compare; install the wheel into an empty
+## environment; compute as other processors do.
 test-slow: $(VENV)/tested
 	$(PYTEST) $(PARALLEL) -m slow
 
@@ -55,9 +56,10 @@ example: $(VENV)/installed
 	rm -rf outputs/example
 	$(BIN)/persona reproduce --out outputs/example
 
-## Write the generated parts of the README again: help texts, example outputs.
-readme: $(VENV)/tested
-	$(BIN)/python -m cogapp -r -I tests -I tests/support README.md
+## Write the generated parts of README.md and docs/ again: help texts, example outputs. PAGES: only
+## these, as in `make docs PAGES=docs/speed.md`.
+docs: $(VENV)/tested
+	$(BIN)/python -m cogapp -r -I tests -I tests/support $(PAGES)
 
 ## Look the pinned versions up in the advisory database, over the network; one not found is an error.
 audit: $(TOOLS)/installed

@@ -1,7 +1,7 @@
 """Which vector is written at a site.
 
 Every condition is a formula over the four residuals of a cell at one site, in float32:
-Δ_X = h_XB - h_BB, Δ_Y = h_BY - h_BB, Δ_XY = h_XY - h_BB (Xu 2026, arXiv 2605.23147, §3). Besides
+Δ_X = h_XB - h_BB, Δ_Y = h_BY - h_BB, Δ_XY = h_XY - h_BB (docs/method.md §3, §5). Besides
 the paper's additive vector there are controls, because a small KL can be nearly free: at an early
 site the edit hardly matters, whatever is written.
 """

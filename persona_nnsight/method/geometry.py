@@ -1,4 +1,4 @@
-"""How the persona's and the task's effects add up in the residual stream (Xu 2026, §3)."""
+"""How the persona's and the task's effects add up in the residual stream (docs/method.md §3)."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""The causal metric: KL divergence summed over a window of tokens (Xu 2026, §4)."""
+"""The causal metric: KL divergence summed over a window of tokens (docs/method.md §4)."""
 
 from __future__ import annotations
 

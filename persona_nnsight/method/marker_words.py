@@ -1,4 +1,4 @@
-"""Markers: words that give a persona away in a generated text (Xu 2026, §5, Table 3).
+"""Markers: words that give a persona away in a generated text (docs/method.md §8).
 
 A marker with a space or a hyphen counts wherever it stands in the lower-cased text, any other only
 as a whole word.

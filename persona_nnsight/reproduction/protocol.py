@@ -1,4 +1,4 @@
-"""What the paper ran, table by table (Xu 2026, §5), laid out for any model.
+"""What the paper ran, table by table (docs/method.md §10), laid out for any model.
 
 ========  ======================================================================================
 table1    `substitute` on the short grid at four positions and five depths

@@ -1,8 +1,8 @@
 """The published procedure: one sequence and one full forward per number, with plain hooks.
 
-Where METHOD leaves room this takes the cheaper way, so that the comparison is conservative: greedy
-tokens come from `generate` with its KV cache, one forward reads a residual at all layers, and only
-the forwards are timed, not what is done with their outputs. For each cell:
+Where the paper leaves room this takes the cheaper way, so that the comparison is conservative:
+greedy tokens come from `generate` with its KV cache, one forward reads a residual at all layers,
+and only the forwards are timed, not what is done with their outputs. For each cell:
 
 =================  ==========================================================================
 continuation       one generation from XY: a full forward, and a step for each further token

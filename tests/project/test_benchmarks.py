@@ -239,7 +239,7 @@ def counted(model: Model, plan: Plan, cell: int) -> tuple[procedure.Counts, proc
 
 
 def test_forwards_are_as_stated(tiny: Tiny) -> None:
-    """METHOD's protocol, cell by cell; tokens and rows of logits are counted too."""
+    """The published procedure, cell by cell; tokens and rows of logits are counted too."""
     model = tiny("llama")
     long = plan_substitute(model, MARKED, layers="1,2,4", conditions="additive")
     ran, said = counted(model, long, 2)

@@ -61,7 +61,7 @@ def on_paper_model(model: Model, model_id: str, n_layers: int) -> Model:
 
 
 def test_layers_are_the_papers_own_on_its_models(tiny: Tiny) -> None:
-    """METHOD §§5 and 6 of the protocol, typed in by hand."""
+    """docs/method.md §10, typed in by hand."""
     expected: dict[str, tuple[int, list[int], list[int]]] = {
         PAPER_MODELS[0]: (26, [6, 10, 14, 18, 22], [10, 14, 18]),
         PAPER_MODELS[1]: (28, [7, 11, 15, 20, 24], [7, 15, 20]),
@@ -177,7 +177,7 @@ def test_beside_the_same_model_the_difference_is_ours_minus_theirs(made: Reprodu
         & (both["persona"] == "")
         & (both["task"] == "")
     ]
-    assert row["published"].round(3).tolist() == [0.017]  # METHOD §6
+    assert row["published"].round(3).tolist() == [0.017]  # Xu 2026, Table 2
     group = both[(both["persona"] == "chef") & (both["layers"] == "14")]
     ours = result.frame()
     mine = ours[(ours["persona"] == "chef") & (ours["layers"] == "14")]

@@ -1,4 +1,4 @@
-"""The oracle: METHOD §§1-5 in plain transformers and PyTorch hooks, slow and literal.
+"""The oracle: docs/method.md §§1 to 8 in plain transformers and PyTorch hooks, slow and literal.
 
 No nnsight, no KV cache, no batching: one sequence at a time, one full forward for each edit, and
 one for each unedited text, whose residuals and logits are kept for the next question about it.
@@ -91,7 +91,7 @@ def vector(condition: str, h: Mapping[str, Tensor]) -> Tensor:
 
 
 def decomposition(h: Mapping[str, Tensor]) -> dict[str, float]:
-    """METHOD §3: cos_xy_sum, cos_x_y, inter_over_xy at one site."""
+    """docs/method.md §3: cos_xy_sum, cos_x_y, inter_over_xy at one site."""
     eps = 1e-9
     delta_x, delta_y, delta_xy = (h[name] - h["BB"] for name in ("XB", "BY", "XY"))
     inter = delta_xy - delta_x - delta_y
@@ -246,7 +246,7 @@ class Reference:
         logits = self._logits(ids, edits) if edits else self._clean(ids)[1]
         return logits[start - 1 : start - 1 + n].log_softmax(-1)
 
-    # ------------------------------------------------------------- METHOD, §§2 to 5
+    # ----------------------------------------------------- docs/method.md §§2 to 8
 
     def positions(self, user_text: str, position: str, continuation: Sequence[int]) -> int:
         """The absolute index of p_last, p_user_last or gk in prompt + continuation."""

@@ -1,4 +1,4 @@
-"""README.md says what the program prints: its blocks are generated again and compared."""
+"""The pages say what the program prints: their blocks are generated again and compared."""
 
 from __future__ import annotations
 
@@ -8,24 +8,42 @@ from pathlib import Path
 
 import pytest
 from cogapp import Cog  # type: ignore[import-untyped]
+from persona_cli.app import app
+from typer.main import get_command
 
 from persona_nnsight import Model
 
 ROOT = Path(__file__).parents[2]
+DOCS = ROOT / "docs"
 
 #: A number, with a percent sign if it has one, or else a word, or any other character.
 TOKEN = re.compile(r"(?<![\w.])(-?\d+(?:\.\d+)?(?:e[-+]?\d+)?)(?!\w)( ?%)?|\w+|[^\w\s]")
 
 
+#: Pages that show the same runs, side by side and the costly ones first. A worker takes neighbours,
+#: and others take from the end what it has not begun, so that most runs are made by one worker.
+SHARING = [
+    *("docs/commands/substitute.md", "docs/reading-the-numbers.md", "docs/commands/inject.md"),
+    *("docs/commands/steer.md", "docs/commands/vectors.md"),
+    *("README.md", "docs/commands/report.md", "docs/run-directories.md"),
+    "docs/commands/capture.md",
+]
+#: README.md and docs/: what `make docs` generates.
+ALL = {"README.md", *(page.relative_to(ROOT).as_posix() for page in DOCS.rglob("*.md"))}
+PAGES = [*SHARING, *sorted(ALL - set(SHARING))]
+LINKED = [*PAGES, "CHANGELOG.md", "SECURITY.md", "outputs/README.md"]
+
+
 @pytest.mark.slow
 @pytest.mark.smollm2
-def test_generated_blocks(smollm2: Model) -> None:
-    committed = (ROOT / "README.md").read_text(encoding="utf-8")
-    generated = Cog().process_string(committed, "README.md")
+@pytest.mark.parametrize("page", PAGES)
+def test_generated_blocks(smollm2: Model, page: str) -> None:
+    committed = (ROOT / page).read_text(encoding="utf-8")
+    generated = Cog().process_string(committed, page)
     changes = drift(committed, generated)
     assert not changes, (
-        f"README.md does not say what the program prints now.\n{changes}\n"
-        "If the change is meant, run `make readme` and read what changed."
+        f"{page} does not say what the program prints now.\n{changes}\n"
+        f"If the change is meant, run `make docs PAGES={page}` and read what changed."
     )
 
 
@@ -42,7 +60,7 @@ def drift(committed: str, generated: str) -> str:
             if close(old[i + k], new[j + k]):
                 new[j + k] = old[i + k]
     was, now = ("\n\n".join(texts).splitlines() for texts in (old, new))
-    return "\n".join(unified_diff(was, now, "README.md", "generated now", n=1, lineterm=""))
+    return "\n".join(unified_diff(was, now, "committed", "generated now", n=1, lineterm=""))
 
 
 def paragraphs(text: str) -> list[str]:
@@ -109,7 +127,14 @@ def test_what_counts_as_drift(was: str, now: str, drifts: bool) -> None:
     assert bool(drift(was, now)) is drifts
 
 
-@pytest.mark.parametrize("file", ["README.md", "CHANGELOG.md", "outputs/README.md"])
+def anchors(page: Path) -> list[str]:
+    """The anchors of a page's headings."""
+    text = re.sub(r"^```.*?^```", "", page.read_text(encoding="utf-8"), flags=re.M | re.S)
+    headings = re.findall(r"^#+ (.+)$", text, re.MULTILINE)
+    return [re.sub(r"[^\w -]", "", h.lower()).replace(" ", "-") for h in headings]
+
+
+@pytest.mark.parametrize("file", LINKED)
 def test_links_lead_somewhere(file: str) -> None:
     page = ROOT / file
     targets = re.findall(r"\]\(([^)\s]+)\)", page.read_text(encoding="utf-8"))
@@ -117,9 +142,37 @@ def test_links_lead_somewhere(file: str) -> None:
         path, _, anchor = target.partition("#")
         aim = page.parent / path if path else page
         assert aim.exists(), f"{file} links to {target}, which does not exist"
-        if anchor:
-            text = aim.read_text(encoding="utf-8")
-            headings = re.findall(r"^#+ (.+)$", text, re.MULTILINE)
-            anchors = [re.sub(r"[^\w -]", "", h.lower()).replace(" ", "-") for h in headings]
-            assert anchor in anchors, target
+        assert not anchor or anchor in anchors(aim), f"{file} links to {target}"
     assert targets or file != "README.md"
+
+
+def test_every_page_is_listed() -> None:
+    """In docs/README.md, or with the commands."""
+    index = (DOCS / "README.md", DOCS / "commands" / "README.md")
+    listed = {
+        (page.parent / target).resolve()
+        for page in index
+        for target in re.findall(r"\]\(([^)#\s]+\.md)", page.read_text(encoding="utf-8"))
+    }
+    assert {page.resolve() for page in DOCS.rglob("*.md")} - {index[0].resolve()} <= listed
+
+
+def test_every_command_has_its_page() -> None:
+    commands = {path.stem for path in (DOCS / "commands").glob("*.md")} - {"README"}
+    assert commands == {str(name) for name in get_command(app).commands}  # type: ignore[attr-defined]
+
+
+def test_sections_that_are_cited_exist() -> None:
+    """``docs/method.md §3``: the sections of that page are numbered."""
+    numbered = re.findall(r"^## (\d+)\. ", (DOCS / "method.md").read_text("utf-8"), re.MULTILINE)
+    assert numbered == [str(number + 1) for number in range(len(numbered))]
+    for folder in ("persona_nnsight", "cli", "tests"):
+        for path in (ROOT / folder).rglob("*.py"):
+            for cited in re.findall(
+                r"docs/method\.md §§?(\d+(?:(?:, §?| and | to )\d+)*)", path.read_text("utf-8")
+            ):
+                assert set(re.findall(r"\d+", cited)) <= set(numbered), f"{path}: §{cited}"
+
+
+def test_the_readme_is_short() -> None:
+    assert len((ROOT / "README.md").read_text(encoding="utf-8").splitlines()) <= 200

@@ -1,7 +1,11 @@
-"""What README.md is generated from: real commands, run in one temporary directory.
+"""What README.md and the pages in docs/ are generated from: real commands, each run once.
 
-The blocks of README.md call these functions through cog (``make readme``); each returns Markdown.
-``test_readme.py`` runs the same blocks in memory and compares.
+The blocks of a page call these functions through cog (``make docs``); each returns Markdown.
+``test_docs.py`` runs the same blocks in memory and compares.
+
+Every line runs in a new directory that holds `FILES` and what the lines that it names as `after`
+left, so that a page says the same alone as after the others, and a run that several pages show is
+made once.
 """
 
 from __future__ import annotations
@@ -9,16 +13,21 @@ from __future__ import annotations
 import atexit
 import io
 import os
+import platform
+import re
 import shlex
 import shutil
 import subprocess
 import sys
 import tempfile
 import textwrap
+import time
 from functools import cache
 from pathlib import Path
+from typing import NamedTuple
 
 import pandas as pd
+from fake_ndif import FakeNdif
 from persona_cli.commands import reproduce
 from rich.console import Console
 
@@ -30,7 +39,15 @@ PROJECT = Path(__file__).parents[2]
 #: The run that is committed, made by ``persona reproduce --out outputs/example``.
 EXAMPLE_RUN = PROJECT / "outputs" / "example"
 
+#: Lines that several blocks name.
+FIRST_RUN = (
+    "persona substitute --grid short --layers 55% --positions p_last "
+    "--conditions additive,bb,by,other_x"
+)
 SHORT_RUN = "persona substitute --grid short"
+CAPTURE = "persona capture --personas yoda --tasks haiku,policy --layers 8,21"
+INJECT = "persona inject --layers 8-20:4 --each"
+STEER = "persona steer --layers 16 --alpha 0:2:0.5 --save-vectors short.safetensors"
 
 GRID = """\
 name: kitchen
@@ -60,6 +77,22 @@ TASKS = {"egg": "Explain how to boil an egg."}
 BASE_TASK = "Give some advice."
 """
 
+#: The files of a user, in every directory.
+FILES = {"kitchen.yaml": GRID, "later.yaml": LATER, "study.py": SCRIPT}
+
+TEN_LINES = """\
+from persona_nnsight import Grid, load_model, substitute
+
+model = load_model("smollm2-135m")
+grid = Grid.load("short").select(personas=["yoda"])
+result = substitute(model, grid, layers="55%", positions="p_last", conditions=["additive", "bb"])
+
+print(result.frame()[["persona", "task", "condition", "kl"]].head(4).round(3))
+print(result.summary()[["condition", "median", "recovered", "n"]].round(3))
+for sentence in result.findings():
+    print(sentence)
+"""
+
 EXAMPLE = """\
 from persona_nnsight import Grid, capture, inject, load_model, substitute
 
@@ -84,9 +117,10 @@ import json
 import pandas as pd
 from safetensors.numpy import load_file
 
-h = load_file("outputs/capture-smollm2-135m-short-1/residuals.safetensors")
+run = "outputs/capture-smollm2-135m-short-1"
+h = load_file(f"{run}/residuals.safetensors")
 print({key: (value.shape, value.dtype.name) for key, value in sorted(h.items())})
-print(list(pd.read_csv("outputs/capture-smollm2-135m-short-1/geometry.csv")))
+print(list(pd.read_csv(f"{run}/geometry.csv")))
 
 run = "outputs/substitute-smollm2-135m-short-1"
 print(list(pd.read_csv(f"{run}/kl.csv")))
@@ -97,17 +131,35 @@ print(list(json.load(open(f"{run}/run.json"))))
 
 @cache
 def workspace() -> Path:
-    """The directory that everything runs in, removed when Python ends."""
-    directory = tempfile.TemporaryDirectory(prefix="persona-readme-")
+    """Where all directories are, removed when Python ends."""
+    directory = tempfile.TemporaryDirectory(prefix="persona-docs-")
     atexit.register(directory.cleanup)
     return Path(directory.name)
 
 
-def output_of(arguments: list[str], **more: str) -> str:
-    """Standard output of a command, the same on every terminal and without a GPU."""
+class Ran(NamedTuple):
+    """A line that has run: what it printed, and the directory that it ran in."""
+
+    stdout: str
+    directory: Path
+
+
+def new_directory(*after: str) -> Path:
+    """A directory with `FILES` and what lines left in theirs."""
+    directory = Path(tempfile.mkdtemp(dir=workspace()))
+    for name, text in FILES.items():
+        (directory / name).write_text(text, encoding="utf-8")
+    for line in after:
+        shutil.copytree(ran(line).directory, directory, dirs_exist_ok=True)
+    return directory
+
+
+def environment(**more: str) -> dict[str, str]:
+    """Variables with which a command prints the same on every terminal and without a GPU."""
     forced = ("FORCE_COLOR", "CLICOLOR_FORCE", "PY_COLORS", "GITHUB_ACTIONS", "TERMINAL_WIDTH")
-    environment = {name: value for name, value in os.environ.items() if name not in forced}
-    environment |= {
+    private = ("NDIF_API_KEY", "NDIF_HOST")
+    kept = {name: value for name, value in os.environ.items() if name not in forced + private}
+    return kept | {
         "COLUMNS": "96",
         "TERM": "dumb",
         "NO_COLOR": "1",
@@ -117,12 +169,32 @@ def output_of(arguments: list[str], **more: str) -> str:
         "OMP_WAIT_POLICY": "PASSIVE",
         **more,
     }
+
+
+def output_of(arguments: list[str], directory: Path, **more: str) -> str:
+    """Standard output of a command."""
     done = subprocess.run(
-        arguments, cwd=workspace(), env=environment, capture_output=True, encoding="utf-8"
+        arguments, cwd=directory, env=environment(**more), capture_output=True, encoding="utf-8"
     )
     if done.returncode:
         raise RuntimeError(f"{shlex.join(arguments)} failed:\n{done.stdout}{done.stderr}")
     return "\n".join(line.rstrip() for line in done.stdout.strip("\n").splitlines()) + "\n"
+
+
+def arguments_of(line: str) -> list[str]:
+    """The program of this environment and its arguments, from a ``persona …`` line."""
+    program, *arguments = shlex.split(line)
+    assert program == "persona"
+    script = shutil.which(program, path=Path(sys.executable).parent)
+    assert script, f"no `persona` beside {sys.executable}; install the package there"
+    return [script, *arguments]
+
+
+@cache
+def ran(line: str, *after: str) -> Ran:
+    """A ``persona …`` line, run in a directory with what other lines left."""
+    directory = new_directory(*after)
+    return Ran(output_of(arguments_of(line), directory), directory)
 
 
 def fenced(text: str, language: str = "") -> str:
@@ -130,26 +202,15 @@ def fenced(text: str, language: str = "") -> str:
     return f"```{language}\n{text}```\n"
 
 
-@cache
-def stdout(line: str, **more: str) -> str:
-    """Standard output of a ``persona …`` line; every line runs once."""
-    program, *arguments = shlex.split(line)
-    assert program == "persona"
-    script = shutil.which(program, path=Path(sys.executable).parent)
-    assert script, f"no `persona` beside {sys.executable}; install the package there"
-    return output_of([script, *arguments], **more)
-
-
-def command(line: str) -> str:
+def command(line: str, *after: str) -> str:
     """A ``persona …`` line with what it prints."""
-    return fenced(f"$ {line}\n{stdout(line)}", "console")
+    return fenced(f"$ {line}\n{ran(line, *after).stdout}", "console")
 
 
-def help_text(name: str) -> str:
-    """The help of a command, folded away."""
-    summary = f"<summary><code>persona {name} --help</code></summary>"
-    text = stdout(f"persona {name} --help").lstrip("\n")
-    return f"<details>\n{summary}\n\n{fenced(text, 'text')}\n</details>\n"
+def help_text(*name: str) -> str:
+    """The help of a command, or of the whole."""
+    line = " ".join(["persona", *name, "--help"])
+    return fenced(f"$ {line}\n" + ran(line).stdout.lstrip("\n"), "console")
 
 
 def models() -> str:
@@ -157,30 +218,82 @@ def models() -> str:
     from persona_nnsight.models.weights.resolve import resolve
 
     ready = Path(resolve("smollm2-135m", fetch=False).path)
-    (workspace() / "cache" / "models").mkdir(parents=True)
-    (workspace() / "cache" / "models" / ready.name).symlink_to(ready, target_is_directory=True)
-    found = stdout("persona models", PERSONA_CACHE="cache", HF_HOME="hub")
+    directory = new_directory()
+    (directory / "cache" / "models").mkdir(parents=True)
+    (directory / "cache" / "models" / ready.name).symlink_to(ready, target_is_directory=True)
+    line = "persona models"
+    found = output_of(arguments_of(line), directory, PERSONA_CACHE="cache", HF_HOME="hub")
     return fenced(
-        "$ persona models\n" + found.replace("cache/models", "~/.cache/persona-nnsight/models"),
-        "console",
+        f"$ {line}\n" + found.replace("cache/models", "~/.cache/persona-nnsight/models"), "console"
     )
 
 
-def file(name: str, text: str, language: str) -> str:
-    """A file that later commands read, shown as it is."""
-    (workspace() / name).write_text(text, encoding="utf-8")
-    return fenced(text, language)
+def resumed(line: str, out: str) -> str:
+    """A line that is killed when the first of its parts is on disk, and `out` gone on with."""
+    directory = new_directory()
+    with subprocess.Popen(
+        arguments_of(line),
+        cwd=directory,
+        env=environment(),
+        stdout=subprocess.DEVNULL,
+        stderr=subprocess.DEVNULL,
+    ) as process:
+        while process.poll() is None and not any((directory / out).glob("parts/*")):
+            time.sleep(0.02)
+        process.kill()
+    again = f"persona resume {out}"
+    found = output_of(arguments_of(again), directory).replace(f"{directory.resolve()}/", "~/study/")
+    return fenced(f"$ {line}\nKilled\n$ {again}\n{found}", "console")
 
 
-def python(code: str) -> str:
+#: Where `make ndif-server` listens.
+SERVER = "http://127.0.0.1:8001"
+
+RUNNING = (("RUNNING", "Your job has started running."),)
+QUEUED = (("QUEUED", "Your job is first in the queue."),)
+
+
+def on_server(*lines: str) -> str:
+    """Lines with what they print, the server of the tests in the place of `SERVER`.
+
+    What differs between two runs, which is time and size, is shown as it once was.
+    """
+    directory, shown = new_directory(), []
+    with FakeNdif(scripts=[RUNNING, QUEUED, QUEUED]) as server:
+        for line in lines:
+            found = output_of(arguments_of(line.replace(SERVER, server.url)), directory)
+            found = found.replace(server.url, SERVER)
+            found = re.sub(r"\d\d \w{3} \d\d:\d\d:\d\d", "23 May 12:00:00", found)
+            shown.append(f"$ {line}\n" + re.sub(r"\d\d kB", "46 kB", versions(found)))
+    return fenced("".join(shown), "console")
+
+
+def versions(found: str) -> str:
+    """What ``persona doctor`` prints, on the tested Python and with a CPU build of torch."""
+    own = platform.python_version()
+    return re.sub(r"(\d\.\d+\.\d+)(?:\+\w+)", r"\1+cpu", found.replace(own, "3.11.7"))
+
+
+def doctor() -> str:
+    """``persona doctor``."""
+    line = "persona doctor"
+    return fenced(f"$ {line}\n{versions(ran(line).stdout)}", "console")
+
+
+def file(name: str) -> str:
+    """One of `FILES`."""
+    return fenced(FILES[name], {".yaml": "yaml", ".py": "python"}[Path(name).suffix])
+
+
+def python(code: str, *after: str) -> str:
     """A piece of Python and what it prints."""
-    return fenced(code, "python") + "\n" + fenced(output_of([sys.executable, "-c", code]), "text")
+    found = output_of([sys.executable, "-c", code], new_directory(*after))
+    return fenced(code, "python") + "\n" + fenced(found, "text")
 
 
 def short_run() -> Path:
     """The run directory of `SHORT_RUN`."""
-    stdout(SHORT_RUN)
-    return workspace() / "outputs" / "substitute-smollm2-135m-short-1"
+    return ran(SHORT_RUN).directory / "outputs" / "substitute-smollm2-135m-short-1"
 
 
 def results(run: Path) -> pd.DataFrame:
@@ -243,11 +356,11 @@ def reading() -> str:
 
 
 def injection() -> str:
-    """The paragraph that interprets the injection of the README."""
-    summary = pd.read_csv(
-        workspace() / "outputs" / "inject-smollm2-135m-short-1" / "summary.csv",
-        dtype={"layers": str},
-    ).set_index(["condition", "layers"])
+    """The paragraph that interprets `INJECT`."""
+    run = ran(INJECT).directory / "outputs" / "inject-smollm2-135m-short-1"
+    summary = pd.read_csv(run / "summary.csv", dtype={"layers": str}).set_index(
+        ["condition", "layers"]
+    )
     closed = summary["gap_closed"]
     assert closed.drop("host", level="condition").between(-0.05, 0.2).all()
     alone = [layers for layers in closed["oracle"].index if "+" not in layers]
@@ -255,7 +368,7 @@ def injection() -> str:
     together = next(layers for layers in closed["oracle"].index if "+" in layers)
     return paragraphs(
         f"""
-        The injection above is a negative result. Even the oracle, which writes the true residual
+        This injection is a negative result. Even the oracle, which writes the true residual
         of the prompt that names the persona, closes {100 * closed["oracle", best]:.0f} % of the gap
         at the best single layer ({best}), and {100 * closed["oracle", together]:.0f} % when
         {together} are written together. A likely reason: the residual of one token is replaced,
