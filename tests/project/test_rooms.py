@@ -7,31 +7,10 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
+from rooms import MAY_IMPORT
 
 ROOT = Path(__file__).parents[2]
 PACKAGE = "persona_nnsight"
-
-#: The rooms, bottom up, and of those below the ones that each takes from.
-MAY_IMPORT: dict[str, set[str]] = {
-    "errors": set(),
-    "method": {"errors"},
-    "prompts": {"errors"},
-    "models": {"errors"},
-    "plan": {"errors", "method", "prompts", "models"},
-    "engine": {"errors", "method", "prompts", "models", "plan"},
-    "storage": {"errors", "prompts", "models", "plan"},
-    "analysis": {"method", "prompts", "plan"},
-    "backends": {"errors", "models", "plan", "engine", "storage"},
-    "report": {"errors", "method", "prompts", "storage", "analysis"},
-    "experiments": {
-        *("errors", "method", "prompts", "models", "plan", "engine"),
-        *("storage", "analysis", "backends"),
-    },
-    "reproduction": {
-        *("errors", "method", "prompts", "models", "plan"),
-        *("storage", "analysis", "backends", "experiments"),
-    },
-}
 
 
 def modules() -> dict[str, ast.Module]:

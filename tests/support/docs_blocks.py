@@ -23,6 +23,7 @@ import tempfile
 import textwrap
 import time
 from functools import cache
+from importlib import import_module
 from pathlib import Path
 from typing import NamedTuple
 
@@ -30,8 +31,9 @@ import pandas as pd
 from fake_ndif import FakeNdif
 from persona_cli.commands import reproduce
 from rich.console import Console
+from rooms import MAY_IMPORT
 
-from persona_nnsight.analysis.columns import read_table
+from persona_nnsight.analysis.columns import COLUMNS, read_table
 from persona_nnsight.analysis.findings import findings
 
 PROJECT = Path(__file__).parents[2]
@@ -398,6 +400,27 @@ def reproduction() -> str:
         console.print()
     lines = [line.rstrip() for line in text.getvalue().rstrip().splitlines()]
     return fenced("\n".join(lines) + "\n", "text")
+
+
+def columns() -> str:
+    """The columns of all tables."""
+    lines = ["| column | type | meaning |", "| --- | --- | --- |"]
+    for column in COLUMNS:
+        meaning = (
+            f"{column.meaning}; with `…_lo`, `…_hi`" if column.has_interval else column.meaning
+        )
+        lines.append(f"| `{column.name}` | {column.type} | {meaning} |")
+    return "\n".join(lines) + "\n"
+
+
+def rooms() -> str:
+    """The rooms, bottom up: what each holds, and from which it takes."""
+    lines = ["| room | holds | takes from |", "| --- | --- | --- |"]
+    for name, below in MAY_IMPORT.items():
+        about = (import_module(f"persona_nnsight.{name}").__doc__ or "").splitlines()[0]
+        taken = ", ".join(f"`{other}`" for other in MAY_IMPORT if other in below)
+        lines.append(f"| `{name}` | {about} | {taken} |")
+    return "\n".join(lines) + "\n"
 
 
 def paragraphs(text: str) -> str:
