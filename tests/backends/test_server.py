@@ -23,30 +23,20 @@ from fake_ndif import (
     FakeNdif,
     Reply,
     packed,
-    share_ssl_context,
-    stop_clocks,
 )
 
 from persona_nnsight import PersonaError
 from persona_nnsight.backends.ndif.server import JobLostError, NoAnswerError, Server
 from persona_nnsight.backends.ndif.versions import compare_versions, require_same_nnsight
 
+pytestmark = pytest.mark.usefixtures("key")
+
 
 @pytest.fixture
 def fake() -> Iterator[FakeNdif]:
+    """A server that does not compute."""
     with FakeNdif() as server:
         yield server
-
-
-@pytest.fixture
-def clock(monkeypatch: pytest.MonkeyPatch) -> Clock:
-    return stop_clocks(monkeypatch)
-
-
-@pytest.fixture(autouse=True)
-def key(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(nnsight.CONFIG.API, "APIKEY", KEY)
-    share_ssl_context(monkeypatch)
 
 
 def submit(server: Server) -> str:

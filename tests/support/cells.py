@@ -7,11 +7,7 @@ from collections.abc import Sequence
 import torch
 from reference import Reference, generated_index, kl
 
-from persona_nnsight import (
-    EditResult,
-    Grid,
-    Model,
-)
+from persona_nnsight import EditResult, Grid, Model
 from persona_nnsight.prompts.grids import Cell
 
 TINY_GRID = Grid.from_dict(
@@ -22,6 +18,9 @@ TINY_GRID = Grid.from_dict(
         "tasks": {"haiku": "write a haiku.", "review": "review this very long plan in detail."},
     }
 )
+
+GRID_TEXT = "name: x\npersonas: {yoda: Yoda}\ntasks: {haiku: write a haiku.}\n"
+"""A grid's file, as short as one can be."""
 
 
 def reference_of(model: Model) -> Reference:

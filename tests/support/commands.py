@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -21,10 +22,29 @@ def assert_one_sentence(outcome: Outcome, *words: str) -> None:
     """Exit code 2, nothing on standard output, and on standard error one sentence with `words`."""
     assert outcome.code == 2, outcome.out + outcome.err
     assert outcome.out == ""
-    (sentence,) = outcome.err.strip().splitlines()
+    assert outcome.err.endswith("\n")
+    (sentence,) = outcome.err.splitlines()
     assert sentence.startswith("persona: ")
     for word in words:
         assert word in sentence
+
+
+OUT = "out"
+"""The place of a run that is refused."""
+WHERE = ("-l", "2", "-p", "p_last")
+"""The options for one site."""
+
+
+def refused(outcome: Outcome, says: str) -> None:
+    """One sentence, after steps that may be told, says it and names no class; no run is left."""
+    steps = re.compile(r"^(reading|converting|fetching) .* …\n", re.MULTILINE)
+    sentence = steps.sub("", outcome.err)
+    assert_one_sentence(Outcome(outcome.code, outcome.out, sentence), says)
+    assert "Traceback" not in sentence
+    assert not re.search(r"\b[A-Z][A-Za-z]*(Error|Exception)\b", sentence), sentence
+    assert len(sentence) < 1000
+    assert not Path(OUT).exists()
+    assert not list(Path().glob("**/.partial*"))
 
 
 def contents(directory: Path) -> dict[str, bytes]:

@@ -12,7 +12,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any, cast
+from typing import TYPE_CHECKING, Any, cast
 
 import torch
 from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers, processors
@@ -44,6 +44,14 @@ from transformers import (
     Qwen3ForCausalLM,
     SiglipVisionConfig,
 )
+
+if TYPE_CHECKING:
+    from persona_nnsight import Model
+
+TinyDir = Callable[..., Path]
+"""The fixture `tiny_dir`: a directory of a tiny model."""
+Tiny = Callable[..., "Model"]
+"""The fixture `tiny`: the same, loaded."""
 
 N_LAYERS = 5
 SLIDING_WINDOW = 8  # Gemma families, every other layer; layer 0 slides, as in the real ones
