@@ -16,6 +16,7 @@ import zstandard
 from cells import MARKED, TINY_GRID
 from nnsight.intervention.serialization import CustomCloudUnpickler, loads
 from rounding import KL32
+from tiny import Tiny
 
 from persona_nnsight import Grid, Model, PersonaError, capture
 from persona_nnsight.backends.wire import importing, job
@@ -34,8 +35,6 @@ from persona_nnsight.plan.events import Recorded, Scored, Written
 from persona_nnsight.plan.joining import part_of
 from persona_nnsight.plan.packing import pack, unpack
 from persona_nnsight.plan.plan import Plan
-
-Tiny = Callable[..., Model]
 
 MODULES = (job.__name__, run.__module__)
 

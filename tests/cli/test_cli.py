@@ -19,13 +19,12 @@ from commands import Persona
 from rounding import KL32, tolerance
 from safetensors import safe_open
 from safetensors.torch import load_file
+from tiny import TinyDir
 
 from persona_nnsight import Grid, Model, capture, inject, read_table, substitute
 from persona_nnsight.backends.local import LocalBackend
 from persona_nnsight.method.conditions import SUBSTITUTE_CONDITIONS
 from persona_nnsight.plan.costs import Limits
-
-TinyDir = Callable[..., Path]
 
 
 def files(directory: Path) -> list[str]:

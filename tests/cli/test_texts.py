@@ -11,11 +11,10 @@ import pytest
 from cells import MARKED
 from commands import Persona
 from gguf import GGUFReader
+from tiny import TinyDir
 
 from persona_nnsight import Model, read_table, steer
 from persona_nnsight.storage.vectors import Vectors
-
-TinyDir = Callable[..., Path]
 
 
 @pytest.fixture

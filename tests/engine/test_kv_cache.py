@@ -13,7 +13,7 @@ import nnsight
 import pytest
 import torch
 from rounding import assert_close
-from tiny import MISTRAL_WINDOW, N_LAYERS, PAD_ID, SLIDING_WINDOW
+from tiny import MISTRAL_WINDOW, N_LAYERS, PAD_ID, SLIDING_WINDOW, Tiny
 from torch import Tensor
 from torch.nn.functional import scaled_dot_product_attention
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
@@ -27,7 +27,6 @@ from persona_nnsight.engine.kv_cache import KVCache, gather
 from persona_nnsight.engine.prefill import prefill
 from persona_nnsight.plan.prefix_tree import PrefixTree, prefix_tree
 
-Tiny = Callable[..., Model]
 Tokens = list[int]
 
 

@@ -13,17 +13,16 @@ from benchmarks.random_models import SPECIAL, random_model, texts_of
 from cells import TINY_GRID
 from commands import Persona
 from rounding import KL64
+from tiny import Tiny
 from transformers import LlamaConfig
 
-from persona_nnsight import Grid, Model, PersonaError
+from persona_nnsight import Grid, PersonaError
 from persona_nnsight.backends.local import LocalBackend
 from persona_nnsight.engine import run as engine_run
 from persona_nnsight.engine.memory import in_batches
 from persona_nnsight.experiments.execution import execute
 from persona_nnsight.experiments.substitute import plan_substitute, substitute
 from persona_nnsight.plan.costs import Limits, fit_limits, working_bytes
-
-Tiny = Callable[..., Model]
 
 ERRORS = [
     torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB."),

@@ -20,7 +20,7 @@ from commands import Persona
 from reference import Reference
 from rounding import KL64
 from safetensors.torch import load_file, save_file
-from tiny import make_model_dir
+from tiny import Tiny, make_model_dir
 from torch import Tensor
 
 from persona_nnsight import Grid, Model, capture, load_model, substitute
@@ -28,7 +28,6 @@ from persona_nnsight.backends.local import LocalBackend
 from persona_nnsight.errors import PersonaError
 from persona_nnsight.plan.costs import Limits
 
-Tiny = Callable[..., Model]
 Change = Callable[[dict[str, Tensor]], None]
 
 NAN, INF = float("nan"), float("inf")

@@ -3,22 +3,20 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from typing import Any
 
 import pytest
 from cells import TINY_GRID, cell_prompts, decode, lookup, reference_of
 from reference import Reference, generated_index, kl, vector
 from rounding import KL32, KL64, assert_close, assert_same_table
-from tiny import FAMILIES
+from tiny import FAMILIES, Tiny
 
-from persona_nnsight import Model, capture, inject, substitute
+from persona_nnsight import capture, inject, substitute
 from persona_nnsight.backends.local import LocalBackend
 from persona_nnsight.method.conditions import SUBSTITUTE_CONDITIONS
 from persona_nnsight.method.edit_vectors import seeded_noise
 from persona_nnsight.plan.costs import Limits
-
-Tiny = Callable[..., Model]
 
 LAYERS = (2, 4)
 POSITIONS = ("p_user_last", "p_last", "g1", "g3")

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from typing import Any
 
 import pytest
@@ -10,14 +9,12 @@ import torch
 from cells import MARKED, TINY_GRID, cell_prompts, decode, reference_of, steered_kl
 from reference import vector
 from rounding import KL32, KL64, assert_close
-from tiny import FAMILIES
+from tiny import FAMILIES, Tiny
 
-from persona_nnsight import Model, PersonaError, capture, inject, steer, substitute
+from persona_nnsight import PersonaError, capture, inject, steer, substitute
 from persona_nnsight.experiments.markers import markers, plan_markers
 from persona_nnsight.experiments.steer import parse_factors, plan_steer
 from persona_nnsight.storage.vectors import Vectors
-
-Tiny = Callable[..., Model]
 
 
 @pytest.mark.parametrize("family", FAMILIES)

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Callable
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -11,13 +10,10 @@ from typing import Any
 import pytest
 import torch
 from cells import TINY_GRID, cell_prompts, lookup, reference_of
-from tiny import FAMILIES, N_LAYERS, make_model_dir
+from tiny import FAMILIES, N_LAYERS, Tiny, TinyDir, make_model_dir
 
-from persona_nnsight import Model, PersonaError, capture, load_model, substitute
+from persona_nnsight import PersonaError, capture, load_model, substitute
 from persona_nnsight.models.module_tree import find_tree
-
-TinyDir = Callable[..., Path]
-Tiny = Callable[..., Model]
 
 LAYER_PATHS = {
     "gemma3_vlm": "model.language_model.layers",

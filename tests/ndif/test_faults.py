@@ -9,7 +9,6 @@ import signal
 import subprocess
 import sys
 import time
-from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 from threading import Timer
@@ -22,6 +21,7 @@ from commands import Outcome, Persona
 from ndif_server import NdifServer, free_port
 from rounding import PROMISED_KL
 from safetensors.torch import load_file, save_file
+from tiny import TinyDir
 
 from persona_nnsight import PersonaError, capture, load_model
 from persona_nnsight.backends.ndif.backend import NdifBackend
@@ -31,22 +31,26 @@ from persona_nnsight.experiments.substitute import plan_substitute
 
 pytestmark = pytest.mark.ndif
 
-TinyDir = Callable[..., Path]
 N_JOBS = 3
 
 
 @pytest.fixture(autouse=True)
+def small_jobs(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Three jobs for the tiny grid's six cells, looked after often."""
+    monkeypatch.setattr("persona_nnsight.backends.ndif.backend._MOST_CELLS", 2)
+    monkeypatch.setattr("persona_nnsight.backends.ndif.backend._LOOKS", (0.1, 0.3))
+
+
+@pytest.fixture
 def impatience(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Three jobs for the tiny grid's six cells, and seconds where a user waits for minutes."""
+    """Seconds where a user waits for minutes until a job is given up."""
     for name, value in {
-        "backend._MOST_CELLS": 2,
-        "backend._LOOKS": (0.1, 0.3),
-        "courier._SILENCE": 2.0,
-        "courier._GIVE_UP": 6.0,
-        "courier._GIVE_UP_AFTER_OUTAGE": 3.0,
-        "courier._FIRST_PATIENCE": 2.0,
+        "_SILENCE": 5.0,
+        "_GIVE_UP": 30.0,
+        "_GIVE_UP_AFTER_OUTAGE": 8.0,
+        "_FIRST_PATIENCE": 5.0,
     }.items():
-        monkeypatch.setattr(f"persona_nnsight.backends.ndif.{name}", value)
+        monkeypatch.setattr(f"persona_nnsight.backends.ndif.courier.{name}", value)
 
 
 @pytest.fixture(scope="session")
@@ -122,6 +126,7 @@ def test_detached_and_collected(ndif: NdifServer, persona: Persona, command: lis
     assert ids[0][:8] in persona("jobs", "run").out
 
 
+@pytest.mark.usefixtures("impatience")
 def test_the_host_is_down_before(persona: Persona, command: list[object]) -> None:
     host = f"http://127.0.0.1:{free_port()}"
     outcome = persona(*command, "--remote", "--ndif-host", host, "--out", "run")
@@ -132,6 +137,7 @@ def test_the_host_is_down_before(persona: Persona, command: list[object]) -> Non
     assert "does not answer" in checked.out
 
 
+@pytest.mark.usefixtures("impatience")
 def test_the_host_goes_away_during_a_run(
     ndif: NdifServer, persona: Persona, command: list[object], monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -152,6 +158,7 @@ def test_the_host_goes_away_during_a_run(
     finish(persona, command)
 
 
+@pytest.mark.usefixtures("impatience")
 def test_the_host_does_not_come_back(
     ndif: NdifServer, persona: Persona, command: list[object], monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -175,6 +182,7 @@ def test_the_host_does_not_come_back(
     finish(persona, command)
 
 
+@pytest.mark.usefixtures("impatience")
 def test_a_restart_with_jobs_queued(
     ndif: NdifServer, persona: Persona, command: list[object]
 ) -> None:
@@ -188,6 +196,7 @@ def test_a_restart_with_jobs_queued(
     finish(persona, command)
 
 
+@pytest.mark.usefixtures("impatience")
 def test_results_that_are_gone_are_computed_again(
     ndif: NdifServer, persona: Persona, command: list[object]
 ) -> None:
@@ -236,6 +245,7 @@ def test_interrupted_while_waiting(ndif: NdifServer, persona: Persona, deployed:
     assert [job["id"] for job in data["backend"]["jobs"]] == ids
 
 
+@pytest.mark.usefixtures("impatience")
 def test_a_model_that_the_server_cannot_load(
     ndif: NdifServer, persona: Persona, tiny_dir: TinyDir, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from dataclasses import replace
 from typing import Any
 
 import pytest
 from cells import MARKED
 from rounding import KL64, assert_close, assert_same_table
+from tiny import Tiny
 
 from persona_nnsight import CaptureResult, Grid, Model
 from persona_nnsight.backends.local import LocalBackend
@@ -23,8 +23,6 @@ from persona_nnsight.plan.costs import Limits
 from persona_nnsight.plan.events import Recorded, Scored, Written
 from persona_nnsight.plan.joining import join
 from persona_nnsight.plan.plan import Plan
-
-Tiny = Callable[..., Model]
 
 
 def studies(model: Model) -> list[tuple[Grid, Plan]]:

@@ -27,7 +27,7 @@ from benchmarks.workloads import ROWS, Grids, Subset, Workload, spread, subset_o
 from cells import TINY_GRID, reference_of
 from reference import grid_prompts
 from rounding import KL32, assert_close, tolerance
-from tiny import N_LAYERS, VOCAB_SIZE
+from tiny import N_LAYERS, VOCAB_SIZE, Tiny
 from transformers import Gemma2Config
 
 from persona_nnsight import Grid, Model
@@ -37,8 +37,6 @@ from persona_nnsight.experiments.markers import plan_markers
 from persona_nnsight.experiments.substitute import plan_substitute
 from persona_nnsight.plan.plan import CellPlan, Edit, Plan
 from persona_nnsight.prompts.prompt import Prompt
-
-Tiny = Callable[..., Model]
 
 MARKED = Grid.from_dict(
     {

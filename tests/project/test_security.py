@@ -22,8 +22,9 @@ from cells import MARKED
 from commands import Outcome, Persona, assert_one_sentence
 from fake_ndif import DONE, KEY, FakeNdif, Reply, share_ssl_context, stop_clocks
 from persona_cli.app import app
+from tiny import Tiny, TinyDir
 
-from persona_nnsight import Model, PersonaError, capture, load_model, markers
+from persona_nnsight import PersonaError, capture, load_model, markers
 from persona_nnsight.models.weights.resolve import resolve
 
 ROOT = Path(__file__).parents[2]
@@ -31,8 +32,6 @@ ROOT = Path(__file__).parents[2]
 TOKEN = "hf_canary77c1e5b9"
 """A hub token that must not turn up anywhere."""
 
-Tiny = Callable[..., Model]
-TinyDir = Callable[..., Path]
 
 SMALL = (
     *("-g", "grid.yaml", "--personas", "yoda", "--tasks", "haiku"),

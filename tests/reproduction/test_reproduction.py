@@ -12,6 +12,7 @@ import pytest
 from cells import TINY_GRID
 from commands import Persona
 from rounding import KL32, assert_same_table
+from tiny import Tiny
 
 from persona_nnsight import Grid, Model, PersonaError, inject, read_table, substitute
 from persona_nnsight.engine.run import run
@@ -29,8 +30,6 @@ from persona_nnsight.reproduction.protocol import (
 )
 from persona_nnsight.reproduction.published import PAPER_MODELS, REFERENCE_MODEL, published
 from persona_nnsight.reproduction.reproduce import Reproduction, ReproductionInterrupted, reproduce
-
-Tiny = Callable[..., Model]
 
 LONG = Grid.from_dict(
     {

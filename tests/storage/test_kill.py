@@ -6,15 +6,14 @@ import os
 import random
 import signal
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 
 import pytest
 from cells import TINY_GRID
 from commands import contents
 from forked import start
-
-TinyDir = Callable[..., Path]
+from tiny import TinyDir
 
 
 def finish(arguments: Sequence[object], interval: float) -> float:

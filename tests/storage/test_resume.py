@@ -11,7 +11,7 @@ from typing import Any
 
 import pytest
 from commands import Persona, assert_one_sentence, contents, facts
-from tiny import make_model_dir
+from tiny import TinyDir, make_model_dir
 
 from persona_nnsight.engine.run import run as engine
 from persona_nnsight.errors import OutOfMemoryError, PersonaError
@@ -19,8 +19,6 @@ from persona_nnsight.plan.costs import Limits
 from persona_nnsight.plan.events import Done, Event, Recorded, Scored, Written
 from persona_nnsight.storage import kept_events
 from persona_nnsight.storage.journal import Journal, hold
-
-TinyDir = Callable[..., Path]
 
 #: Chunks of two cells and batches of three rows: a stop falls within each.
 SMALL = Limits(cells=2, rows=3, tokens=64)
