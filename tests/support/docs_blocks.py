@@ -271,9 +271,9 @@ def on_server(*lines: str) -> str:
 
 
 def versions(found: str) -> str:
-    """What ``persona doctor`` prints, on the tested Python and with a CPU build of torch."""
+    """What ``persona doctor`` prints, on the tested Python and with any build of torch."""
     own = platform.python_version()
-    return re.sub(r"(\d\.\d+\.\d+)(?:\+\w+)", r"\1+cpu", found.replace(own, "3.11.7"))
+    return re.sub(r"(\d\.\d+\.\d+)(?:\+\w+)", r"\1", found.replace(own, "3.11.7"))
 
 
 def doctor() -> str:
