@@ -13,16 +13,14 @@ from __future__ import annotations
 from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
+from persona_nnsight.experiments.registry import NAMES
+
 if TYPE_CHECKING:
     from persona_nnsight.analysis.columns import read_table
     from persona_nnsight.errors import PersonaError
-    from persona_nnsight.experiments.capture import capture
     from persona_nnsight.experiments.execution import Interrupted
-    from persona_nnsight.experiments.inject import inject
-    from persona_nnsight.experiments.markers import markers
+    from persona_nnsight.experiments.registry import *  # noqa: F403
     from persona_nnsight.experiments.results import CaptureResult, EditResult, MarkersResult
-    from persona_nnsight.experiments.steer import steer
-    from persona_nnsight.experiments.substitute import substitute
     from persona_nnsight.models.loading import Model, load_model
     from persona_nnsight.prompts.grids import Cell, Grid, Persona, Task
     from persona_nnsight.reproduction.reproduce import reproduce
@@ -40,23 +38,16 @@ __all__ = [
     "PersonaError",
     "Task",
     "Vectors",
-    "capture",
-    "inject",
     "load_model",
-    "markers",
     "read_table",
     "reproduce",
-    "steer",
-    "substitute",
+    *NAMES,
 ]
 
 _HOME = {
     "PersonaError": "errors",
     "Interrupted": "experiments.execution",
-    **{
-        name: f"experiments.{name}"
-        for name in ("capture", "inject", "markers", "steer", "substitute")
-    },
+    **{name: f"experiments.{name}" for name in NAMES},
     **dict.fromkeys(("Cell", "Grid", "Persona", "Task"), "prompts.grids"),
     **dict.fromkeys(("Model", "load_model"), "models.loading"),
     **dict.fromkeys(("CaptureResult", "EditResult", "MarkersResult"), "experiments.results"),

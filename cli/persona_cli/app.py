@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import sys
 from collections.abc import Sequence
+from importlib import import_module
 from itertools import pairwise
 from typing import Annotated, Any
 
@@ -12,22 +13,18 @@ import typer
 
 from persona_cli.command_line import typed
 from persona_cli.commands import (
-    capture,
     doctor,
     grids,
-    inject,
     jobs,
-    markers,
     models,
     report,
     reproduce,
     resume,
-    steer,
-    substitute,
     vectors,
 )
 from persona_cli.option_groups import expand_groups
 from persona_nnsight.errors import PersonaError, quoted
+from persona_nnsight.experiments.registry import NAMES
 
 app = typer.Typer(
     no_args_is_help=True,
@@ -37,11 +34,7 @@ app = typer.Typer(
     rich_markup_mode="markdown",
 )
 for _command in (
-    capture.capture,
-    substitute.substitute,
-    inject.inject,
-    markers.markers,
-    steer.steer,
+    *(getattr(import_module(f"persona_cli.commands.{name}"), name) for name in NAMES),
     reproduce.reproduce,
     report.report,
     vectors.vectors,

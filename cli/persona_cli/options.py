@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from persona_nnsight.errors import PersonaError
+from persona_nnsight.experiments.arguments import OUTPUT
 from persona_nnsight.models.weights.embedded import ALIAS
 
 if TYPE_CHECKING:
@@ -17,7 +18,7 @@ if TYPE_CHECKING:
 
 DEFAULT_MODEL = ALIAS
 
-_MODEL, _CELLS, _SITES, _OUTPUT = "Model", "Cells", "Sites and measure", "Output"
+_MODEL, _CELLS = "Model", "Cells"
 _WHERE = "Where it runs"
 
 ModelSpec = Annotated[
@@ -117,48 +118,6 @@ TaskText = Annotated[
         rich_help_panel=_CELLS,
     ),
 ]
-Layers = Annotated[
-    str,
-    typer.Option(
-        "--layers",
-        "-l",
-        help="8, 4-12, 4,8,12, 4-20:4, 25%,40%, or all. The residual at layer L is the input of "
-        "decoder layer L.",
-        rich_help_panel=_SITES,
-    ),
-]
-LayerSets = Annotated[
-    str,
-    typer.Option(
-        "--layers",
-        "-l",
-        help="Layers that are written together: 8, 4-12, 4-20:4, 25%,40%, or all; several sets "
-        "with semicolons: '14; 10-18:2'.",
-        rich_help_panel=_SITES,
-    ),
-]
-Positions = Annotated[
-    str,
-    typer.Option(
-        "--positions",
-        "-p",
-        help="p_user_last (end of the user turn), p_last (end of the prompt), g1 to g9 (generated "
-        "tokens).",
-        rich_help_panel=_SITES,
-    ),
-]
-Window = Annotated[
-    int,
-    typer.Option(help="How many tokens a KL is summed over.", rich_help_panel=_SITES),
-]
-Generate = Annotated[
-    int,
-    typer.Option(
-        metavar="N",
-        help="Also write N tokens of greedy text per condition and site to text.jsonl.",
-        rich_help_panel=_OUTPUT,
-    ),
-]
 Out = Annotated[
     Path | None,
     typer.Option(
@@ -167,7 +126,7 @@ Out = Annotated[
         metavar="DIR",
         help="Where the run goes; a directory that holds something is refused.",
         show_default="outputs/COMMAND-MODEL-GRID-N",
-        rich_help_panel=_OUTPUT,
+        rich_help_panel=OUTPUT,
     ),
 ]
 Json = Annotated[
@@ -175,7 +134,7 @@ Json = Annotated[
     typer.Option(
         "--json",
         help="A machine-readable summary on standard output, and nothing else there.",
-        rich_help_panel=_OUTPUT,
+        rich_help_panel=OUTPUT,
     ),
 ]
 DryRun = Annotated[
@@ -183,7 +142,7 @@ DryRun = Annotated[
     typer.Option(
         "--dry-run",
         help="Print the plan (cells, tokens, forward passes, memory) without loading weights.",
-        rich_help_panel=_OUTPUT,
+        rich_help_panel=OUTPUT,
     ),
 ]
 Verbose = Annotated[
@@ -192,7 +151,7 @@ Verbose = Annotated[
         "--verbose",
         "-v",
         help="Also show the plan, the timings and the libraries' own messages.",
-        rich_help_panel=_OUTPUT,
+        rich_help_panel=OUTPUT,
     ),
 ]
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import os
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from importlib.metadata import version
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NoReturn
@@ -19,9 +19,8 @@ from persona_nnsight.storage.run_directory import PENDING, check_free
 
 if TYPE_CHECKING:
     from persona_nnsight.backends.interface import Backend
+    from persona_nnsight.experiments.execution import Study
     from persona_nnsight.models.loading import Model
-    from persona_nnsight.plan.plan import Plan
-    from persona_nnsight.prompts.grids import Grid
     from persona_nnsight.storage.journal import Journal
 
 
@@ -59,7 +58,7 @@ def make_backend(
     where: BackendOptions,
     dtype: str,
     out: Path | None = None,
-    studies: Iterable[tuple[Grid, Plan]] = (),
+    studies: Sequence[Study[Any]] = (),
     notify: Callable[[str], None] | None = None,
 ) -> Backend:
     """The backend that the options name.
@@ -144,7 +143,7 @@ def _differences(before: Any, now: Any, name: str = "") -> Iterator[str]:
         yield f"{name} was {was}, is {is_now}"
 
 
-def _subject(model: Model, dtype: str, studies: Iterable[tuple[Grid, Plan]]) -> dict[str, Any]:
+def _subject(model: Model, dtype: str, studies: Sequence[Study[Any]]) -> dict[str, Any]:
     """What a run computes, as data that can be compared.
 
     The plan comes last: where a grid differs, its prompts do too.
@@ -152,16 +151,15 @@ def _subject(model: Model, dtype: str, studies: Iterable[tuple[Grid, Plan]]) -> 
     from persona_nnsight.plan.data import digest
 
     weights = model.weights
-    plans = list(studies)
     return {
         "persona-nnsight": version("persona-nnsight"),
         "model": f"{weights.model_id} {(weights.sha256 or weights.revision or '')[:12]}",
         "attention": model.attention,
         "dtype": dtype,
-        **{f"grid {number}": grid.to_dict() for number, (grid, _) in enumerate(plans, start=1)},
+        **{f"grid {number}": each.grid.to_dict() for number, each in enumerate(studies, start=1)},
         **{
-            f"plan {number}": f"{plan.command} {digest(plan)}"
-            for number, (_, plan) in enumerate(plans, start=1)
+            f"plan {number}": f"{each.plan.command} {digest(each.plan)}"
+            for number, each in enumerate(studies, start=1)
         },
     }
 

@@ -4,11 +4,11 @@ from __future__ import annotations
 
 import json
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from contextlib import ExitStack, closing
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Generic, NoReturn, TypeVar
+from typing import TYPE_CHECKING, Any, Generic, TypeVar
 
 import typer
 from rich.console import RenderableType
@@ -30,23 +30,27 @@ if TYPE_CHECKING:
     import pandas as pd
 
     from persona_nnsight.backends.interface import Backend
+    from persona_nnsight.experiments.execution import Study
+    from persona_nnsight.experiments.experiment import Experiment, Progress
     from persona_nnsight.experiments.results import Result
     from persona_nnsight.models.loading import Model
     from persona_nnsight.plan.plan import Plan
     from persona_nnsight.prompts.grids import Grid
 
-P = TypeVar("P")
+S = TypeVar("S", bound="Study[Any]")
+R = TypeVar("R", bound="Result")
+T = TypeVar("T")
 
 
 @dataclass(frozen=True)
-class Ready(Generic[P]):
+class Ready(Generic[S]):
     """A loaded model, what to run on it and where, and the directory that the run goes to.
 
     `backend` makes what does the work, given what to tell of its progress in words.
     """
 
     model: Model
-    plan: P
+    studies: list[S]
     out: Path
     backend: Callable[[Callable[[str], None]], Backend]
 
@@ -56,21 +60,19 @@ def prepare(
     where: BackendOptions,
     run: RunOptions,
     *,
-    make_plan: Callable[[Model], P],
-    studies: Callable[[P], list[tuple[Grid, Plan]]],
-    show_plan: Callable[[Model, P], None],
-    name: Callable[[P], str],
-) -> Ready[P] | None:
+    plan: Callable[[Model], list[S]],
+    show_plan: Callable[[Model, list[S]], None],
+    name: str,
+) -> Ready[S] | None:
     """Load a model and plan a run on it; None for a dry run, which ends here.
 
     Everything that can be refused is refused before weights are downloaded or loaded.
 
     Args:
         model, where, run: the options.
-        make_plan: the plan for a model without weights.
-        studies: the grids and plans in it.
+        plan: what is to be done on a model without weights.
         show_plan: prints it, for a dry run and with --verbose.
-        name: what the default directory is called, such as ``inject-{model}-short``, for a plan.
+        name: what the default directory is called, such as ``inject-{model}-short``.
     """
     from persona_nnsight.storage.run_directory import default_directory
 
@@ -90,84 +92,124 @@ def prepare(
 
         arguments = model.arguments()
         skeleton = load_model(**arguments, weights=False, fetch=not run.dry_run, notify=notify)
-        plan = make_plan(skeleton)
+        studies = plan(skeleton)
         if run.dry_run or run.verbose:
             stop()
-            show_plan(skeleton, plan)
+            show_plan(skeleton, studies)
         if run.dry_run:
             return None
-        out = asked_out or default_directory(name(plan).format(model=skeleton.weights.slug))
+        out = asked_out or default_directory(name.format(model=skeleton.weights.slug))
         check_target(out, where)
         remote = where.name == "ndif"  # then the server has the weights
         loaded = skeleton if remote else load_model(**arguments, notify=notify)
 
     def backend(notify: Callable[[str], None]) -> Backend:
-        return make_backend(loaded, where, model.dtype, out, studies(plan), notify)
+        return make_backend(loaded, where, model.dtype, out, studies, notify)
 
-    return Ready(loaded, plan, out, backend)
+    return Ready(loaded, studies, out, backend)
+
+
+def carried_out(
+    ready: Ready[Any],
+    run: RunOptions,
+    name: str,
+    *,
+    work: Callable[[Progress, Backend], T],
+    left: Callable[[KeyboardInterrupt], T | None],
+    save: Callable[[T], object],
+) -> tuple[T, bool]:
+    """Do the work and save what came of it, and whether it was interrupted.
+
+    A run that goes on elsewhere, or that was interrupted and can be gone on with, ends here.
+
+    Args:
+        ready: from `prepare`.
+        run: the options.
+        name: of the command.
+        work: does it.
+        left: what an interruption left that can be saved; None for nothing.
+        save: writes it.
+    """
+    from persona_nnsight.backends.interface import Detached
+
+    interrupted = False
+    with ExitStack() as held:
+        try:
+            with progress_bar(name) as (progress, say):
+                made = work(progress, held.enter_context(closing(ready.backend(say))))
+        except Detached:
+            note_pending(ready.out, as_json=run.as_json)
+        except KeyboardInterrupt as stopped:
+            held.close()
+            if is_pending(ready.out):
+                note_pending(ready.out, as_json=run.as_json, interrupted=True)
+            found, interrupted = left(stopped), True
+            if found is None:
+                notes.print("Interrupted before anything was finished; nothing was written.")
+                raise typer.Exit(130) from None
+            made = found
+        save(made)
+    return made, interrupted
 
 
 def run_experiment(
+    experiment: Experiment[R],
     *,
     grid: Grid,
     model: ModelOptions,
     where: BackendOptions,
     run: RunOptions,
-    make_plan: Callable[[Model], Plan],
-    show: Callable[[Result], RenderableType],
-    plan_beside: Callable[[Model], Plan] | None = None,
-    save_beside: Callable[[Result], Path] | None = None,
+    show: Callable[[R], RenderableType],
+    beside: tuple[Experiment[Any], Callable[[Any], Path]] | None = None,
 ) -> None:
     """Run one experiment from options to files, or with --dry-run print its plan.
 
     Args:
+        experiment: with its arguments.
         grid: the cells.
         model, where, run: the options.
-        make_plan: the experiment's plan for a model without weights.
         show: the result for the terminal.
-        plan_beside: another plan for the same pass.
-        save_beside: what to do with its result; returns the file written.
+        beside: another experiment for the same pass, and what saves its result and returns the
+            file written.
     """
-    from persona_nnsight.backends.interface import Detached
-    from persona_nnsight.experiments.execution import Interrupted, execute_together
+    from persona_nnsight.experiments.execution import Interrupted, Study, execute_together
 
-    makers = [make_plan] if plan_beside is None else [make_plan, plan_beside]
-
-    def show_plan(skeleton: Model, plans: Sequence[Plan]) -> None:
-        show_costs(skeleton, grid, plans[0], model, where, run)
-
+    asked: list[Experiment[Any]] = [experiment, *([beside[0]] if beside else [])]
     ready = prepare(
         model,
         where,
         run,
-        make_plan=lambda skeleton: [make(skeleton) for make in makers],
-        studies=lambda plans: [(grid, plan) for plan in plans],
-        show_plan=show_plan,
-        name=lambda plans: f"{plans[0].command}-{{model}}-{grid.name}",
+        plan=lambda skeleton: [Study(each, grid, each.plan(skeleton, grid)) for each in asked],
+        show_plan=lambda skeleton, studies: show_costs(
+            skeleton, grid, studies[0].plan, model, where, run
+        ),
+        name=f"{experiment.name}-{{model}}-{grid.name}",
     )
     if ready is None:
         return
-    interrupted = False
-    with ExitStack() as held:
-        try:
-            with progress_bar(ready.plan[0].command) as (progress, say):
-                backend = held.enter_context(closing(ready.backend(say)))
-                studies = [(grid, plan) for plan in ready.plan]
-                results = execute_together(ready.model, studies, progress, backend)
-        except Detached:
-            note_pending(ready.out, as_json=run.as_json)
-        except Interrupted as stopped:
-            held.close()
-            if is_pending(ready.out):
-                note_pending(ready.out, as_json=run.as_json, interrupted=True)
-            interrupted = True
-            if 0 not in stopped.results:
-                note_nothing_finished()
-            results = [stopped.results[0]]
+    more: list[Path] = []
+
+    def left(stopped: KeyboardInterrupt) -> list[Any] | None:
+        if isinstance(stopped, Interrupted) and 0 in stopped.results:
+            return [stopped.results[0]]
+        return None
+
+    def save(results: list[Any]) -> None:
         # The run last: with it goes what a server's run could be gone on with.
-        more = [save_beside(beside) for beside in results[1:] if save_beside is not None]
-        result = results[0]
-        result.save(ready.out, finishes=True)
+        more.extend(beside[1](result) for result in results[1:] if beside)
+        results[0].save(ready.out, finishes=True)
+
+    results, interrupted = carried_out(
+        ready,
+        run,
+        experiment.name,
+        work=lambda progress, backend: execute_together(
+            ready.model, ready.studies, progress, backend
+        ),
+        left=left,
+        save=save,
+    )
+    result: R = results[0]
     if run.as_json:
         print(json.dumps(_summary(result, ready.out), indent=1, ensure_ascii=False))
     else:
@@ -181,12 +223,6 @@ def run_experiment(
         notes.print(f"first cells recorded after {first:.1f} s, all done after {total:.1f} s")
     if interrupted:
         note_interruption()
-
-
-def note_nothing_finished() -> NoReturn:
-    """Say that there is nothing to keep, and leave."""
-    notes.print("Interrupted before anything was finished; nothing was written.")
-    raise typer.Exit(130) from None
 
 
 def note_interruption() -> None:
@@ -296,7 +332,7 @@ def as_records(table: pd.DataFrame) -> list[dict[str, Any]]:
 
 def show_findings(result: Result) -> None:
     """Print what the numbers allow one to say."""
-    from persona_nnsight.analysis.findings import CAVEAT
+    from persona_nnsight.analysis.wording import CAVEAT
 
     for sentence in result.findings():
         output().print(Text(f"\n{sentence}"))

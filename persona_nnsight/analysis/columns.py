@@ -8,10 +8,12 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from dataclasses import dataclass
-from pathlib import Path
-from typing import Any, Literal
+from typing import TYPE_CHECKING, Any, Literal
 
-import pandas as pd
+if TYPE_CHECKING:
+    from pathlib import Path
+
+    import pandas as pd
 
 #: What the numbers of a column are: it decides how they are written for a person.
 Unit = Literal["nats", "share", "count", "mean", "factor", "layer", ""]
@@ -141,6 +143,50 @@ SITE = ["host", "position", "layers"]
 FACTORS = ["alpha", "beta"]
 
 
+@dataclass(frozen=True)
+class TableFile:
+    """A table of a run directory.
+
+    Attributes:
+        columns: those it must have; every other is optional.
+        needed: whether a whole run always has it, with rows.
+    """
+
+    columns: tuple[str, ...]
+    needed: bool = False
+
+
+_MARKERS = TableFile((*CELL, "condition", "layers", "any", "distinct", "hits"))
+_GEOMETRY = TableFile((*CELL, "position", "layer", "cos_xy_sum", "cos_x_y", "inter_over_xy"))
+
+#: The tables of runs that have KLs.
+KL_FILES = {
+    "kl": TableFile((*CELL, "condition", "position", "layers", "kl", "n_tokens"), needed=True),
+    "summary": TableFile(
+        ("condition", "position", "layers", "median", "q25", "q75", "min", "max", "n"), needed=True
+    ),
+    "contrasts": TableFile(
+        (
+            *("position", "layers", "condition", "control"),
+            *("n", "difference", "lo", "hi", "lower"),
+        )
+    ),
+    "markers": _MARKERS,
+    "geometry": _GEOMETRY,
+}
+#: The tables of runs that have texts alone.
+MARKER_FILES = {
+    "summary": TableFile(("condition", "layers", "any", "distinct", "n"), needed=True),
+    "contrasts": TableFile(
+        ("condition", "layers", "control", "measure", "n", "difference", "lo", "hi")
+    ),
+    "markers": _MARKERS,
+    "geometry": _GEOMETRY,
+}
+#: The tables of runs that only record.
+GEOMETRY_FILES = {"geometry": TableFile(_GEOMETRY.columns, needed=True)}
+
+
 def records(table: pd.DataFrame) -> list[dict[str, Any]]:
     """The rows of a table as plain mappings."""
     return [{str(name): value for name, value in row.items()} for row in table.to_dict("records")]
@@ -171,6 +217,8 @@ def read_table(path: str | Path) -> pd.DataFrame:
     pandas alone reads ``layers`` as numbers where every edit has one layer, and a persona whose
     key is ``NA`` as missing.
     """
+    import pandas as pd
+
     with open(path, encoding="utf-8") as file:
         columns = file.readline().rstrip("\n").split(",")
     text = [name for name in columns if is_text(name)]

@@ -8,7 +8,15 @@ from typing import Any
 
 import pandas as pd
 
+from persona_nnsight.analysis.bootstrap import MIN_CELLS
+from persona_nnsight.analysis.columns import interval_of
 from persona_nnsight.analysis.kl_tables import KL_FLOOR
+
+#: Belongs below the sentences of a run: its cells are no sample of all cells.
+CAVEAT = (
+    "Intervals and verdicts are over these cells, which share personas and tasks; others may "
+    "differ by more."
+)
 
 #: More shares than this are not listed one by one.
 _MOST_SHARES = 6
@@ -35,10 +43,10 @@ def shares_in_words(shares: pd.Series[float]) -> str:
 
 def share_in_words(row: Mapping[str, Any], name: str) -> str:
     """``23 % (18 to 30)``: a share with its interval, where it has one."""
-    if math.isnan(row[f"{name}_lo"]):
-        return f"{round(100 * row[name])} %"
-    share, low, high = (round(100 * row[f"{name}{end}"]) for end in ("", "_lo", "_hi"))
-    return f"{share} % ({low} to {high})"
+    share, low, high = (100 * row[column] for column in (name, *interval_of(name)))
+    if math.isnan(low):
+        return f"{round(share)} %"
+    return f"{round(share)} % ({round(low)} to {round(high)})"
 
 
 def side_of_zero(contrast: Mapping[str, Any]) -> int:
@@ -66,3 +74,12 @@ def layers_in_words(names: Iterable[str]) -> str:
 def listed(items: list[str]) -> str:
     """``a, b and c``."""
     return items[0] if len(items) == 1 else f"{', '.join(items[:-1])} and {items[-1]}"
+
+
+def few_cells(summary: pd.DataFrame) -> Iterable[str]:
+    """That the cells of a run are too few for intervals, where they are."""
+    column = next(name for name in ("median_lo", "distinct_lo") if name in summary)
+    n = int(summary["n"].max())
+    if n < MIN_CELLS and summary[column].isna().all():
+        verb = "is" if n == 1 else "are"
+        yield f"{cells_in_words(n)} {verb} too few for intervals; expect other cells to differ."

@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, Generic, TypeVar
 
 import torch
 
@@ -15,7 +15,8 @@ from persona_nnsight.analysis.marker_tables import Text
 from persona_nnsight.backends.interface import Backend
 from persona_nnsight.backends.local import LocalBackend
 from persona_nnsight.engine.run import run
-from persona_nnsight.experiments.results import CaptureResult, EditResult, MarkersResult, Result
+from persona_nnsight.experiments.experiment import Experiment, Progress
+from persona_nnsight.experiments.results import Result
 from persona_nnsight.method.sites import format_layers, format_positions
 from persona_nnsight.models.loading import Model
 from persona_nnsight.plan.costs import Cost, estimate
@@ -25,8 +26,16 @@ from persona_nnsight.plan.plan import Plan
 from persona_nnsight.prompts.grids import Grid
 from persona_nnsight.storage.residuals import Residuals
 
-#: Called as ``progress(done, total)`` whenever work is finished; the unit is one row of a table.
-Progress = Callable[[int, int], None]
+R = TypeVar("R", bound=Result)
+
+
+@dataclass(frozen=True)
+class Study(Generic[R]):
+    """An experiment on a grid, planned for a model."""
+
+    experiment: Experiment[R]
+    grid: Grid
+    plan: Plan
 
 
 class Interrupted(KeyboardInterrupt):
@@ -39,12 +48,11 @@ class Interrupted(KeyboardInterrupt):
 
 def execute(
     model: Model,
-    grid: Grid,
-    plan: Plan,
+    study: Study[R],
     progress: Progress | None = None,
     backend: Backend | None = None,
-) -> Result:
-    """Carry out a plan that was made for this model and grid, and gather its results.
+) -> R:
+    """Carry out a study that was planned for this model, and gather its results.
 
     `backend` does the work; None does it here.
 
@@ -52,18 +60,18 @@ def execute(
         PersonaError: a value that is not finite, or memory that runs out.
         Interrupted: Ctrl-C; holds what was finished.
     """
-    return execute_together(model, [(grid, plan)], progress, backend)[0]
+    return execute_together(model, [study], progress, backend)[0]
 
 
 def execute_together(
     model: Model,
-    studies: Sequence[tuple[Grid, Plan]],
+    studies: Sequence[Study[R]],
     progress: Progress | None = None,
     backend: Backend | None = None,
-) -> list[Result]:
-    """Carry out several plans in one pass, so that what they share is computed once.
+) -> list[R]:
+    """Carry out several studies in one pass, so that what they share is computed once.
 
-    The results are in the order of `studies` and equal those of plans carried out one by one.
+    The results are in the order of `studies` and equal those of studies carried out one by one.
     `backend` does the work; None does it here.
 
     Raises:
@@ -71,13 +79,13 @@ def execute_together(
         Interrupted: Ctrl-C; holds what was finished.
     """
     worker = LocalBackend(model) if backend is None else backend
-    joint = join([plan for _, plan in studies])
+    joint = join([study.plan for study in studies])
     limits = worker.limits(joint.plan)
-    gathered = [_Gathered(model, grid, plan) for grid, plan in studies]
+    gathered = [_Gathered(model, study) for study in studies]
     start = time.perf_counter()
     seconds = {"first_cells_recorded": 0.0}
 
-    def result(part: int, *, complete: bool) -> Result:
+    def result(part: int, *, complete: bool) -> R:
         cost = estimate(joint.parts[part], model, limits)
         seconds["total"] = time.perf_counter() - start
         return gathered[part].result(
@@ -102,19 +110,19 @@ def execute_together(
 
 
 @dataclass
-class _Gathered:
-    """What the engine has handed over for one plan so far."""
+class _Gathered(Generic[R]):
+    """What the engine has handed over for one study so far."""
 
     model: Model
-    grid: Grid
-    plan: Plan
+    study: Study[R]
     recorded: list[Recorded] = field(default_factory=list)
     scores: list[Scored] = field(default_factory=list)
     texts: list[Written] = field(default_factory=list)
 
     @property
     def has_results(self) -> bool:
-        return bool(self.scores or self.texts or (self.plan.keeps_residuals and self.recorded))
+        keeps = self.study.plan.keeps_residuals
+        return bool(self.scores or self.texts or (keeps and self.recorded))
 
     def take(self, event: Event) -> None:
         match event:
@@ -127,7 +135,8 @@ class _Gathered:
 
     def result(
         self, cost: Cost, seconds: dict[str, float], where: dict[str, Any], *, complete: bool
-    ) -> Result:
+    ) -> R:
+        plan = self.study.plan
         texts = sorted(self.texts, key=lambda text: (text.cell, text.edit))
         continuations = {
             cell: tokens
@@ -140,26 +149,23 @@ class _Gathered:
             for cell, each in zip(event.cells, event.margins, strict=True)
         }
         cells = sorted(continuations)
-        geometry = self._geometry()
-        common: dict[str, Any] = {
-            "model": self.model,
-            "grid": self.grid,
-            "plan": self.plan,
-            "cost": cost,
-            "continuations": {cell: continuations[cell] for cell in cells},
-            "margins": margins,
-            "geometry": geometry_table(self.plan, cells, geometry),
-            "texts": [_text(self.model, self.plan, text) for text in texts],
-            "seconds": seconds,
-            "complete": complete,
-            "where": where,
-        }
-        if self.plan.keeps_residuals:
-            chunks = [(event.cells, event.residuals or {}) for event in self.recorded]
-            return CaptureResult(**common, residuals=Residuals(chunks))
-        if any(edit.scored for edit in self.plan.edits):
-            return EditResult(**common, scores=self.scores)
-        return MarkersResult(**common)
+        kept = [(event.cells, event.residuals or {}) for event in self.recorded]
+        return self.study.experiment.result_type()(
+            experiment=self.study.experiment,
+            model=self.model,
+            grid=self.study.grid,
+            plan=plan,
+            cost=cost,
+            continuations={cell: continuations[cell] for cell in cells},
+            margins=margins,
+            geometry=geometry_table(plan, cells, self._geometry()),
+            scores=self.scores,
+            texts=[_text(self.model, plan, text) for text in texts],
+            residuals=Residuals(kept) if plan.keeps_residuals else None,
+            seconds=seconds,
+            complete=complete,
+            where=where,
+        )
 
     def _geometry(self) -> dict[str, torch.Tensor]:
         """What the chunks hold, by measure: their cells joined, in the order of the plan."""

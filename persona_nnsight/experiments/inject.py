@@ -2,79 +2,167 @@
 
 from __future__ import annotations
 
-from typing import Any
+import math
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
 
-from persona_nnsight.backends.interface import Backend
-from persona_nnsight.experiments.execution import Progress, execute
-from persona_nnsight.experiments.results import EditResult
-from persona_nnsight.experiments.setup import Layers, checked, clean_text, sites_of
+from persona_nnsight.analysis.columns import KL_FILES
+from persona_nnsight.experiments.arguments import (
+    Layers,
+    argument,
+    generate_argument,
+    window_argument,
+)
+from persona_nnsight.experiments.experiment import Experiment
+from persona_nnsight.experiments.function import function_of
+from persona_nnsight.experiments.setup import checked, clean_text, sites_of
 from persona_nnsight.method.conditions import HOST, INJECT_CONDITIONS
 from persona_nnsight.method.sites import DEFAULT_LAYERS, parse_layer_sets
-from persona_nnsight.models.loading import Model
 from persona_nnsight.plan.building import build_plan
-from persona_nnsight.plan.plan import Edit, Plan
-from persona_nnsight.prompts.grids import Grid
+from persona_nnsight.plan.plan import Edit
+
+if TYPE_CHECKING:
+    import pandas as pd
+
+    from persona_nnsight.experiments.results import EditResult
+    from persona_nnsight.models.loading import Model
+    from persona_nnsight.pages.blocks import Section
+    from persona_nnsight.pages.stored_run import Run
+    from persona_nnsight.plan.plan import Plan
+    from persona_nnsight.prompts.grids import Grid
 
 
-def plan_inject(
-    model: Model,
-    grid: Grid,
-    *,
-    layers: Layers = DEFAULT_LAYERS,
-    each: bool = False,
-    window: int = 10,
-    generate: int = 0,
-) -> Plan:
-    """The plan of `inject`, which takes the same arguments."""
-    sets = list(parse_layer_sets(layers, model.tree.n_layers))
-    every = sorted({layer for chosen in sets for layer in chosen})
-    if each:
-        sets += [(layer,) for layer in every if (layer,) not in sets]
-    sites = sites_of(model, every, "p_last")
-    into_host: dict[str, Any] = {"host": "BY", "generate": generate}
-    edits = [Edit(HOST, ("p_last",), (), **into_host)]
-    edits += [
-        Edit(condition, ("p_last",), chosen, **into_host)
-        for condition in INJECT_CONDITIONS
-        for chosen in sets
-    ]
-    if generate:
-        edits.append(clean_text(generate))
-    plan = build_plan("inject", model.tokenizer, grid, window=window, edits=edits, **sites)
-    return checked(plan, model)
-
-
-def inject(
-    model: Model,
-    grid: Grid,
-    *,
-    layers: Layers = DEFAULT_LAYERS,
-    each: bool = False,
-    window: int = 10,
-    generate: int = 0,
-    progress: Progress | None = None,
-    backend: Backend | None = None,
-) -> EditResult:
+@dataclass(frozen=True, kw_only=True)
+class Inject(Experiment["EditResult"]):
     """Write the persona's residual into the prompt without the persona, at its last token.
 
     The host is BY. All layers of a set are written in one run, each with its own vector; every run
     is scored on XY's clean continuation, KL(clean XY ‖ host run).
 
-    Args:
-        model: from `load_model`.
-        grid: the cells.
+    Attributes:
         layers: the layers that are written together, or several such sets: ``14; 10-18:2``.
         each: add a run for every layer alone.
         window: tokens per KL.
         generate: also write this many tokens of greedy text per edit.
-        progress: called with (rows done, rows in all).
-        backend: what does the work (`persona_nnsight.backends`); None does it here.
-
-    Raises:
-        PersonaError: bad input, or a value that is not finite.
-        Interrupted: Ctrl-C; holds the finished rows.
     """
-    plan = plan_inject(model, grid, layers=layers, each=each, window=window, generate=generate)
-    result = execute(model, grid, plan, progress, backend)
-    assert isinstance(result, EditResult)
-    return result
+
+    name = "inject"
+    title = "Injection"
+    files = KL_FILES
+
+    layers: Layers = argument(
+        DEFAULT_LAYERS,
+        "Layers that are written together: 8, 4-12, 4-20:4, 25%,40%, or all; several sets with "
+        "semicolons: '14; 10-18:2'.",
+        *("--layers", "-l"),
+    )
+    each: bool = argument(False, "Also write every layer alone.", "--each")
+    window: int = window_argument()
+    generate: int = generate_argument()
+
+    def plan(self, model: Model, grid: Grid) -> Plan:
+        """What will be done; see `Experiment`."""
+        sets = list(parse_layer_sets(self.layers, model.tree.n_layers))
+        every = sorted({layer for chosen in sets for layer in chosen})
+        if self.each:
+            sets += [(layer,) for layer in every if (layer,) not in sets]
+        into_host: dict[str, Any] = {"host": "BY", "generate": self.generate}
+        edits = [Edit(HOST, ("p_last",), (), **into_host)]
+        edits += [
+            Edit(condition, ("p_last",), chosen, **into_host)
+            for condition in INJECT_CONDITIONS
+            for chosen in sets
+        ]
+        if self.generate:
+            edits.append(clean_text(self.generate))
+        plan = build_plan(
+            self.name,
+            model.tokenizer,
+            grid,
+            **sites_of(model, every, "p_last"),
+            window=self.window,
+            edits=edits,
+        )
+        return checked(plan, model)
+
+    @staticmethod
+    def result_type() -> type[EditResult]:
+        """KLs."""
+        from persona_nnsight.experiments.results import EditResult
+
+        return EditResult
+
+    @staticmethod
+    def sentences(tables: Mapping[str, pd.DataFrame]) -> Iterable[str]:
+        """How much of the gap the best set closes."""
+        return _injection(tables["summary"], tables["contrasts"])
+
+    @staticmethod
+    def sections(run: Run) -> list[Section]:
+        """Each set of layers beside the unedited host."""
+        from persona_nnsight.pages import run_sections
+        from persona_nnsight.pages.figures.inject import injection_bars
+
+        figures = [
+            injection_bars(summary, cells) for summary, cells in run_sections.summary_and_cells(run)
+        ]
+        question = "Can the persona be written into a prompt that does not name it?"
+        return run_sections.kl_sections(run, question, figures)
+
+
+inject = function_of(Inject)
+
+
+def _injection(summary: pd.DataFrame, contrasts: pd.DataFrame) -> Iterable[str]:
+    from persona_nnsight.analysis.columns import records
+    from persona_nnsight.analysis.wording import cells_in_words, few_cells, share_in_words
+
+    rows = records(summary)
+    host = next((row for row in rows if row["condition"] == HOST), None)
+    if host is None:  # a table that was cut by hand
+        return
+    yield (
+        f"The prompt without the persona is {host['median']:.2f} nats from the prompt with it "
+        f"(median of {cells_in_words(host['n'])})."
+    )
+    for condition, what in (
+        ("oracle", "Writing the true residual (oracle)"),
+        ("cached", "Writing h_BB + Δ_X + Δ_Y (cached)"),
+    ):
+        written = [
+            row
+            for row in rows
+            if row["condition"] == condition and not math.isnan(row["gap_closed"])
+        ]
+        if not written:
+            continue
+        best = max(written, key=lambda row: float(row["gap_closed"]))
+        against = next(
+            (
+                row
+                for row in records(contrasts)
+                if row["condition"] == condition and row["layers"] == best["layers"]
+            ),
+            None,
+        )
+        if against is None:
+            continue
+        of_sets = f", the best of {len(written)} sets" if len(written) > 1 else ""
+        yield (
+            f"{what} closes at most {share_in_words(best, 'gap_closed')} of that gap, at layer "
+            f"{best['layers']}{of_sets}; its KL {_compared(against)}."
+        )
+    yield from few_cells(summary)
+
+
+def _compared(contrast: Mapping[str, Any]) -> str:
+    from persona_nnsight.analysis.wording import cells_in_words, side_of_zero
+
+    if math.isnan(contrast["lo"]):
+        n = contrast["n"]
+        return f"is below the unedited prompt's in {contrast['lower']} of {cells_in_words(n)}"
+    verdict = {-1: "is below", 1: "is above", 0: "cannot be told apart from"}[
+        side_of_zero(contrast)
+    ]
+    return f"{verdict} the unedited prompt's"

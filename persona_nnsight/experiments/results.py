@@ -8,7 +8,6 @@ from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from persona_nnsight.analysis.findings import findings
 from persona_nnsight.analysis.geometry_tables import geometry_summary
 from persona_nnsight.analysis.kl_tables import contrasts, kl_summary, kl_table
 from persona_nnsight.analysis.marker_tables import (
@@ -28,6 +27,7 @@ if TYPE_CHECKING:
     import pandas as pd
     from torch import Tensor
 
+    from persona_nnsight.experiments.experiment import Experiment
     from persona_nnsight.models.loading import Model
     from persona_nnsight.plan.costs import Cost
     from persona_nnsight.plan.events import Scored
@@ -40,18 +40,25 @@ class Result:
     """Common to all experiments.
 
     Attributes:
+        experiment: what was asked.
         model, grid, plan, cost: what was run, on what.
         continuations: XY's clean greedy token ids by index of the cell in the plan.
         margins: by cell, the closest of the greedy choices that these are: the smallest gap between
             a token's logit and the next one's. 0 is a tie, of which the lowest token id is taken.
         geometry: how the effects add up per cell and site (`tables.geometry_table`); no rows where
             Δ_X was given.
+        scores: the KLs, if any were asked for.
         texts: greedy texts, if any were asked for.
+        residuals: ``BB``, ``XB``, ``BY``, ``XY``, each float32 [cells, positions, layers, d_model],
+            joined when it is asked for (`persona_nnsight.storage.residuals`); the cells are those
+            of `continuations`, in its order; NaN where a continuation ended before the position.
+            None unless they are what was asked for.
         seconds: wall time by stage; of the whole pass where several plans shared one.
         complete: False when the run was interrupted; the tables then hold what was finished.
         where: where it was run (`persona_nnsight.backends.interface.Backend.record`).
     """
 
+    experiment: Experiment[Any]
     model: Model
     grid: Grid
     plan: Plan
@@ -59,7 +66,9 @@ class Result:
     continuations: dict[int, tuple[int, ...]]
     margins: dict[int, float]
     geometry: pd.DataFrame
+    scores: list[Scored]
     texts: list[Text]
+    residuals: Residuals | None
     seconds: dict[str, float]
     complete: bool
     where: dict[str, Any]
@@ -73,8 +82,8 @@ class Result:
         raise NotImplementedError
 
     def findings(self) -> list[str]:
-        """What the numbers allow one to say (`persona_nnsight.analysis.findings`)."""
-        return findings(self.plan.command, self.tables)
+        """What the numbers allow one to say, in sentences."""
+        return self.experiment.findings(self.tables)
 
     def save(self, directory: str | Path, *, finishes: bool = False) -> Path:
         """Write the run directory; see `persona_nnsight.storage.run_directory`.
@@ -127,14 +136,7 @@ def _present(text: Text) -> dict[str, object]:
 
 @dataclass(frozen=True, kw_only=True)
 class CaptureResult(Result):
-    """Residuals and their geometry.
-
-    Attributes:
-        residuals: ``BB``, ``XB``, ``BY``, ``XY``, each float32 [cells, positions, layers, d_model],
-            joined when it is asked for (`persona_nnsight.storage.residuals`);
-            the cells are those of `continuations`, in its order; NaN where a continuation ended
-            before the position.
-    """
+    """Residuals and their geometry."""
 
     residuals: Residuals
 
@@ -208,8 +210,6 @@ class CaptureResult(Result):
 @dataclass(frozen=True, kw_only=True)
 class EditResult(Result):
     """KL of every edit in every cell."""
-
-    scores: list[Scored]
 
     def frame(self) -> pd.DataFrame:
         """KL per cell and edit (`kl_table`)."""

@@ -2,20 +2,27 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
-from typing import Any
+from typing import TYPE_CHECKING, TypedDict
 
 from persona_nnsight.errors import PersonaError, quoted
+from persona_nnsight.experiments.arguments import Layers, Positions
 from persona_nnsight.method.sites import parse_layers, parse_positions
-from persona_nnsight.models.loading import Model
 from persona_nnsight.plan.plan import Edit, Plan
 
-Layers = str | int | Iterable[int]
-Positions = str | Iterable[str]
+if TYPE_CHECKING:
+    from persona_nnsight.models.loading import Model
 
 
-def sites_of(model: Model, layers: Layers, positions: Positions) -> dict[str, Any]:
+class Sites(TypedDict):
     """The arguments of `build_plan` that come from the model and the site expressions."""
+
+    layers: tuple[int, ...]
+    positions: tuple[str, ...]
+    eos_ids: tuple[int, ...]
+
+
+def sites_of(model: Model, layers: Layers, positions: Positions) -> Sites:
+    """Where an experiment reads and writes, on this model."""
     return {
         "layers": parse_layers(layers, model.tree.n_layers),
         "positions": parse_positions(positions),

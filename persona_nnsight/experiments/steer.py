@@ -4,23 +4,42 @@ from __future__ import annotations
 
 import math
 import re
-from collections.abc import Iterable
-from typing import Any
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
 
-from persona_nnsight.backends.interface import Backend
+from persona_nnsight.analysis.columns import KL_FILES
 from persona_nnsight.errors import PersonaError
-from persona_nnsight.experiments.execution import Progress, execute
-from persona_nnsight.experiments.results import EditResult
-from persona_nnsight.experiments.setup import Layers, Positions, checked, clean_text, sites_of
+from persona_nnsight.experiments.arguments import (
+    STEERING,
+    Layers,
+    Positions,
+    argument,
+    generate_argument,
+    layers_argument,
+    positions_argument,
+    window_argument,
+)
+from persona_nnsight.experiments.experiment import Experiment
+from persona_nnsight.experiments.function import function_of
+from persona_nnsight.experiments.setup import checked, clean_text, sites_of
 from persona_nnsight.method.conditions import HOST, STEER
 from persona_nnsight.method.sites import EDITED_DEPTH
-from persona_nnsight.models.loading import Model
 from persona_nnsight.plan.building import build_plan
-from persona_nnsight.plan.plan import Edit, Plan
-from persona_nnsight.prompts.grids import Grid
-from persona_nnsight.storage.vectors import Vectors
+from persona_nnsight.plan.plan import Edit
 
-DEFAULT_ALPHA = "0:2:0.5"
+if TYPE_CHECKING:
+    import pandas as pd
+
+    from persona_nnsight.experiments.results import EditResult
+    from persona_nnsight.models.loading import Model
+    from persona_nnsight.pages.blocks import Section
+    from persona_nnsight.pages.stored_run import Run
+    from persona_nnsight.plan.plan import Plan
+    from persona_nnsight.prompts.grids import Grid
+    from persona_nnsight.storage.vectors import Vectors
+
 HOSTS = ("xy", "by")
 
 Factors = str | float | Iterable[float]
@@ -28,6 +47,133 @@ Factors = str | float | Iterable[float]
 _SWEEP = re.compile(r"(-?[\d.]+):(-?[\d.]+):([\d.]+)")
 #: More factors than this in one sweep are a typing error.
 _MOST = 200
+
+
+@dataclass(frozen=True, kw_only=True)
+class Steer(Experiment["EditResult"]):
+    """Write h_BB + α·Δ_X + β·Δ_Y and measure KL and text against α and β.
+
+    All of `layers` and `positions` are written in one run, each site with its own vector; the KL
+    window begins after the first of the positions. α = β = 1 is the additive vector, α = 0, β = 1
+    the task alone, α = β = 0 the baseline.
+
+    Attributes:
+        layers, positions: where to write; see `capture`.
+        window: tokens per KL.
+        alpha, beta: factors of Δ_X and Δ_Y; every pair is a run (`parse_factors`).
+        host: what is run: ``xy``, the prompt with its persona, or ``by``, the prompt without it.
+        vectors: Δ_X from an earlier run, or the file that holds them, in place of this grid's own:
+            with host ``by`` the paper's cached case.
+        generate: also write this many tokens of greedy text per run.
+    """
+
+    name = "steer"
+    title = "Steering"
+    files = KL_FILES
+
+    layers: Layers = layers_argument(EDITED_DEPTH)
+    positions: Positions = positions_argument("p_last")
+    window: int = window_argument()
+    alpha: Factors = argument(
+        "0:2:0.5",
+        "Factors of Δ_X: 1, 0,0.5,2, or 0:2:0.5 (from, to, step).",
+        group=STEERING,
+        metavar="FACTORS",
+    )
+    beta: Factors = argument("1", "Factors of Δ_Y.", group=STEERING, metavar="FACTORS")
+    host: str = argument(
+        "xy",
+        "What is run: the prompt with its persona, or the one without.",
+        group=STEERING,
+        metavar="xy|by",
+    )
+    vectors: Vectors | Path | None = argument(
+        None,
+        "Take Δ_X from saved vectors instead of measuring it.",
+        group=STEERING,
+        type=Path,
+        metavar="FILE",
+        shown=False,
+    )
+    generate: int = generate_argument()
+
+    def plan(self, model: Model, grid: Grid) -> Plan:
+        """What will be done; see `Experiment`."""
+        if self.host not in HOSTS:
+            raise PersonaError(
+                f"Host {self.host!r} does not exist; use xy (the prompt with its persona) or by "
+                "(the prompt without it)."
+            )
+        sites = sites_of(model, self.layers, self.positions)
+        at, together = sites["positions"], sites["layers"]
+        given = None
+        if self.vectors is not None:
+            vectors = _loaded(self.vectors)
+            vectors.check(
+                model_id=model.weights.model_id,
+                model_sha256=model.weights.sha256,
+                n_layers=model.tree.n_layers,
+                d_model=model.tree.d_model,
+                grid=grid,
+                layers=together,
+                positions=at,
+            )
+            given = vectors.given_x(grid.persona_keys, at, together)
+        common: dict[str, Any] = {"host": self.host.upper(), "generate": self.generate}
+        by = self.host == "by"
+        control = Edit(HOST, at, (), **common) if by else Edit("bb", at, together, **common)
+        steered = [
+            Edit(STEER, at, together, alpha=a, beta=b, **common)
+            for b in parse_factors(self.beta, "--beta")
+            for a in parse_factors(self.alpha, "--alpha")
+        ]
+        edits = [control, *steered]
+        if self.generate:
+            edits.append(clean_text(self.generate))
+        plan = build_plan(
+            self.name,
+            model.tokenizer,
+            grid,
+            **sites,
+            window=self.window,
+            edits=edits,
+            given_x=given,
+        )
+        return checked(plan, model)
+
+    @staticmethod
+    def result_type() -> type[EditResult]:
+        """KLs."""
+        from persona_nnsight.experiments.results import EditResult
+
+        return EditResult
+
+    @staticmethod
+    def sentences(tables: Mapping[str, pd.DataFrame]) -> Iterable[str]:
+        """What the factors do, and which is best."""
+        return _steering(tables["summary"], tables["contrasts"])
+
+    @staticmethod
+    def sections(run: Run) -> list[Section]:
+        """KL and texts with a marker by α."""
+        from persona_nnsight.pages import run_sections
+        from persona_nnsight.pages.figures.steer import steering_curves
+
+        figures = [
+            steering_curves(summary, run.tables.get("markers"))
+            for summary in run_sections.summaries(run)
+        ]
+        question = "What do other strengths of the two effects do?"
+        return run_sections.kl_sections(run, question, figures)
+
+
+steer = function_of(Steer)
+
+
+def _loaded(vectors: Vectors | Path) -> Vectors:
+    from persona_nnsight.storage.vectors import Vectors
+
+    return vectors if isinstance(vectors, Vectors) else Vectors.load(vectors)
 
 
 def parse_factors(factors: Factors, name: str) -> tuple[float, ...]:
@@ -74,105 +220,31 @@ def _factor_term(term: str, name: str) -> list[float]:
         raise PersonaError(f"{name} {text!r} is not understood; {_ALLOWED_FACTORS}.") from None
 
 
-def plan_steer(
-    model: Model,
-    grid: Grid,
-    *,
-    layers: Layers = EDITED_DEPTH,
-    positions: Positions = "p_last",
-    alpha: Factors = DEFAULT_ALPHA,
-    beta: Factors = "1",
-    host: str = "xy",
-    vectors: Vectors | None = None,
-    window: int = 10,
-    generate: int = 0,
-) -> Plan:
-    """The plan of `steer`, which takes the same arguments."""
-    if host not in HOSTS:
-        raise PersonaError(
-            f"Host {host!r} does not exist; use xy (the prompt with its persona) or by (the prompt "
-            "without it)."
-        )
-    sites = sites_of(model, layers, positions)
-    at, together = sites["positions"], sites["layers"]
-    given = None
-    if vectors is not None:
-        vectors.check(
-            model_id=model.weights.model_id,
-            model_sha256=model.weights.sha256,
-            n_layers=model.tree.n_layers,
-            d_model=model.tree.d_model,
-            grid=grid,
-            layers=together,
-            positions=at,
-        )
-        given = vectors.given_x(grid.persona_keys, at, together)
-    common: dict[str, Any] = {"host": host.upper(), "generate": generate}
-    control = Edit(HOST, at, (), **common) if host == "by" else Edit("bb", at, together, **common)
-    steered = [
-        Edit(STEER, at, together, alpha=a, beta=b, **common)
-        for b in parse_factors(beta, "--beta")
-        for a in parse_factors(alpha, "--alpha")
-    ]
-    edits = [control, *steered]
-    if generate:
-        edits.append(clean_text(generate))
-    plan = build_plan(
-        "steer", model.tokenizer, grid, window=window, edits=edits, given_x=given, **sites
-    )
-    return checked(plan, model)
+def _steering(summary: pd.DataFrame, contrasts: pd.DataFrame) -> Iterable[str]:
+    from persona_nnsight.analysis.columns import records
+    from persona_nnsight.analysis.kl_tables import NO_PERSONA
+    from persona_nnsight.analysis.wording import few_cells, listed, share_in_words, side_of_zero
 
-
-def steer(
-    model: Model,
-    grid: Grid,
-    *,
-    layers: Layers = EDITED_DEPTH,
-    positions: Positions = "p_last",
-    alpha: Factors = DEFAULT_ALPHA,
-    beta: Factors = "1",
-    host: str = "xy",
-    vectors: Vectors | None = None,
-    window: int = 10,
-    generate: int = 0,
-    progress: Progress | None = None,
-    backend: Backend | None = None,
-) -> EditResult:
-    """Write h_BB + α·Δ_X + β·Δ_Y and measure KL and text against α and β.
-
-    All of `layers` and `positions` are written in one run, each site with its own vector; the KL
-    window begins after the first of the positions. α = β = 1 is the additive vector, α = 0, β = 1
-    the task alone, α = β = 0 the baseline.
-
-    Args:
-        model: from `load_model`.
-        grid: the cells.
-        layers, positions: where to write; see `capture`.
-        alpha, beta: factors of Δ_X and Δ_Y; every pair is a run (`parse_factors`).
-        host: what is run: ``xy``, the prompt with its persona, or ``by``, the prompt without it.
-        vectors: Δ_X from an earlier run, in place of this grid's own: with host ``by`` the paper's
-            cached case.
-        window: tokens per KL.
-        generate: also write this many tokens of greedy text per run.
-        progress: called with (rows done, rows in all).
-        backend: what does the work (`persona_nnsight.backends`); None does it here.
-
-    Raises:
-        PersonaError: bad input, or a value that is not finite.
-        Interrupted: Ctrl-C; holds the finished rows.
-    """
-    plan = plan_steer(
-        model,
-        grid,
-        layers=layers,
-        positions=positions,
-        alpha=alpha,
-        beta=beta,
-        host=host,
-        vectors=vectors,
-        window=window,
-        generate=generate,
-    )
-    result = execute(model, grid, plan, progress, backend)
-    assert isinstance(result, EditResult)
-    return result
+    share, what = "recovered", "the vector recovers {} of what h_BB loses"
+    if "gap_closed" in summary:
+        share, what = "gap_closed", "the vector closes {} of the gap to the prompt with the persona"
+    steered = summary[(summary["condition"] == "steer") & summary["median"].notna()]
+    for beta, found in steered.groupby("beta", sort=False):
+        rows = sorted(records(found), key=lambda row: float(row["alpha"]))
+        ends = [f"{row['median']:.3g} at α = {row['alpha']:g}" for row in (rows[0], rows[-1])]
+        sentence = f"With β = {beta:g} the median KL is {listed(list(dict.fromkeys(ends)))} nats"
+        best = min(rows, key=lambda row: float(row["median"]))
+        if len(rows) > 1:
+            sentence += f", lowest at α = {best['alpha']:g} ({best['median']:.3g})"
+        if not math.isnan(best[share]):
+            sentence += f"; there {what.format(share_in_words(best, share))}"
+        without = [
+            row
+            for row in records(contrasts.dropna(subset=["lo"]))
+            if (row["control"], row["alpha"], row["beta"]) == (NO_PERSONA, best["alpha"], beta)
+        ]
+        for row in without:
+            verdict = {-1: "costs less than", 1: "costs more than"}.get(side_of_zero(row))
+            sentence += f", and {verdict or 'cannot be told apart from'} leaving Δ_X out (α = 0)"
+        yield sentence + "."
+    yield from few_cells(summary)

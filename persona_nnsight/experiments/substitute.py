@@ -2,94 +2,139 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
 
-from persona_nnsight.backends.interface import Backend
+from persona_nnsight.analysis.columns import KL_FILES
 from persona_nnsight.errors import PersonaError
-from persona_nnsight.experiments.execution import Progress, execute
-from persona_nnsight.experiments.results import EditResult
-from persona_nnsight.experiments.setup import Layers, Positions, checked, clean_text, sites_of
+from persona_nnsight.experiments.arguments import (
+    Layers,
+    Positions,
+    argument,
+    generate_argument,
+    layers_argument,
+    positions_argument,
+    window_argument,
+)
+from persona_nnsight.experiments.experiment import Experiment
+from persona_nnsight.experiments.function import function_of
+from persona_nnsight.experiments.setup import checked, clean_text, sites_of
 from persona_nnsight.method.conditions import SUBSTITUTE_CONDITIONS
 from persona_nnsight.method.sites import DEFAULT_LAYERS, DEFAULT_POSITIONS
-from persona_nnsight.models.loading import Model
 from persona_nnsight.plan.building import build_plan
-from persona_nnsight.plan.plan import Edit, Plan
-from persona_nnsight.prompts.grids import Grid
+from persona_nnsight.plan.plan import Edit
+
+if TYPE_CHECKING:
+    import pandas as pd
+
+    from persona_nnsight.experiments.results import EditResult
+    from persona_nnsight.models.loading import Model
+    from persona_nnsight.pages.blocks import Section
+    from persona_nnsight.pages.stored_run import Run
+    from persona_nnsight.plan.plan import Plan
+    from persona_nnsight.prompts.grids import Grid
+
+#: Where the median KL of `bb` is below this, in nats, even the baseline's residual costs little.
+NEARLY_FREE = 0.1
+
+_CONTROLS = {"by": "leaving the persona out (by)", "other_x": "another persona's Δ_X (other_x)"}
 
 
-def plan_substitute(
-    model: Model,
-    grid: Grid,
-    *,
-    layers: Layers = DEFAULT_LAYERS,
-    positions: Positions = DEFAULT_POSITIONS,
-    conditions: str | Iterable[str] | None = None,
-    window: int = 10,
-    generate: int = 0,
-    seed: int = 0,
-) -> Plan:
-    """The plan of `substitute`, which takes the same arguments."""
-    sites = sites_of(model, layers, positions)
-    edits = [
-        Edit(condition, (position,), (layer,), generate=0 if condition == "clean" else generate)
-        for condition in _conditions(conditions, grid)
-        for position in sites["positions"]
-        for layer in sites["layers"]
-    ]
-    if generate:
-        edits.append(clean_text(generate))
-    plan = build_plan(
-        "substitute", model.tokenizer, grid, window=window, edits=edits, seed=seed, **sites
-    )
-    return checked(plan, model)
-
-
-def substitute(
-    model: Model,
-    grid: Grid,
-    *,
-    layers: Layers = DEFAULT_LAYERS,
-    positions: Positions = DEFAULT_POSITIONS,
-    conditions: str | Iterable[str] | None = None,
-    window: int = 10,
-    generate: int = 0,
-    seed: int = 0,
-    progress: Progress | None = None,
-    backend: Backend | None = None,
-) -> EditResult:
+@dataclass(frozen=True, kw_only=True)
+class Substitute(Experiment["EditResult"]):
     """Overwrite one residual of the XY run, one site at a time, and measure what changes.
 
     KL is Σ over the `window` tokens after the site of KL(clean ‖ patched), in nats.
 
-    Args:
-        model: from `load_model`.
-        grid: the cells.
+    Attributes:
         layers, positions: the sites; see `capture`.
         conditions: which vectors to write, from `SUBSTITUTE_CONDITIONS`; None for all (without
             ``other_x`` when the grid has a single persona).
         window: tokens per KL.
         generate: also write this many tokens of greedy text per edit.
         seed: of the ``random`` control.
-        progress: called with (rows done, rows in all).
-        backend: what does the work (`persona_nnsight.backends`); None does it here.
-
-    Raises:
-        PersonaError: bad input, or a value that is not finite.
-        Interrupted: Ctrl-C; holds the finished rows.
     """
-    plan = plan_substitute(
-        model,
-        grid,
-        layers=layers,
-        positions=positions,
-        conditions=conditions,
-        window=window,
-        generate=generate,
-        seed=seed,
+
+    name = "substitute"
+    title = "Substitution"
+    files = KL_FILES
+
+    layers: Layers = layers_argument(DEFAULT_LAYERS)
+    positions: Positions = positions_argument(DEFAULT_POSITIONS)
+    conditions: str | Iterable[str] | None = argument(
+        None,
+        f"What to write, with commas between: {', '.join(SUBSTITUTE_CONDITIONS)}.",
+        metavar="NAMES",
+        shown="all",
     )
-    result = execute(model, grid, plan, progress, backend)
-    assert isinstance(result, EditResult)
-    return result
+    window: int = window_argument()
+    seed: int = argument(0, "Seed of the random control.")
+    generate: int = generate_argument()
+
+    def plan(self, model: Model, grid: Grid) -> Plan:
+        """What will be done; see `Experiment`."""
+        sites = sites_of(model, self.layers, self.positions)
+        edits = [
+            Edit(
+                condition,
+                (position,),
+                (layer,),
+                generate=0 if condition == "clean" else self.generate,
+            )
+            for condition in _conditions(self.conditions, grid)
+            for position in sites["positions"]
+            for layer in sites["layers"]
+        ]
+        if self.generate:
+            edits.append(clean_text(self.generate))
+        plan = build_plan(
+            self.name,
+            model.tokenizer,
+            grid,
+            **sites,
+            window=self.window,
+            edits=edits,
+            seed=self.seed,
+        )
+        return checked(plan, model)
+
+    @staticmethod
+    def result_type() -> type[EditResult]:
+        """KLs."""
+        from persona_nnsight.experiments.results import EditResult
+
+        return EditResult
+
+    @staticmethod
+    def sentences(tables: Mapping[str, pd.DataFrame]) -> Iterable[str]:
+        """What the additive vector recovers, beside its controls."""
+        return _substitution(tables["summary"], tables["contrasts"])
+
+    @staticmethod
+    def sections(run: Run) -> list[Section]:
+        """KL by layer, site, cell, persona and task, and the geometry at the same sites."""
+        from persona_nnsight.pages import run_sections
+        from persona_nnsight.pages.figures import substitute as drawn
+
+        figures = [
+            figure
+            for summary, cells in run_sections.summary_and_cells(run)
+            for figure in (
+                drawn.kl_by_layer(summary),
+                drawn.site_maps(summary),
+                drawn.cell_dots(summary, cells),
+                *drawn.by_persona_and_task(cells),
+            )
+        ]
+        question = "What changes when one residual is overwritten?"
+        return [
+            *run_sections.kl_sections(run, question, figures),
+            *run_sections.geometry_section(run),
+        ]
+
+
+substitute = function_of(Substitute)
 
 
 def _conditions(conditions: str | Iterable[str] | None, grid: Grid) -> list[str]:
@@ -111,3 +156,53 @@ def _conditions(conditions: str | Iterable[str] | None, grid: Grid) -> list[str]
             "use a grid with several, or leave the condition out."
         )
     return [name for name in SUBSTITUTE_CONDITIONS if name in wanted]
+
+
+def _substitution(summary: pd.DataFrame, contrasts: pd.DataFrame) -> Iterable[str]:
+    import pandas as pd
+
+    from persona_nnsight.analysis.wording import few_cells, layers_in_words, shares_in_words
+
+    for position, at in summary.groupby("position", sort=False):
+        additive = at[at["condition"] == "additive"].set_index("layers")
+        shares = additive["recovered"].dropna() if "recovered" in additive else pd.Series()
+        mine = contrasts[
+            (contrasts["position"] == position) & (contrasts["condition"] == "additive")
+        ]
+        clauses = [verdict for verdict in (_verdicts(mine, c) for c in _CONTROLS) if verdict]
+        if len(shares):
+            clauses.insert(0, f"recovers {shares_in_words(shares)} of what writing h_BB loses")
+        said = [f"At {position} the additive vector {'; it '.join(clauses)}."] if clauses else []
+        neither = at[at["condition"] == "bb"].set_index("layers")["median"]
+        free = neither[neither < NEARLY_FREE]
+        if len(free):
+            where = (
+                layers_in_words(free.index)
+                if said
+                else f"{position}, {layers_in_words(free.index)},"
+            )
+            said.append(
+                f"At {where} a low KL is nearly free: even h_BB costs no more than "
+                f"{free.max():.2g} nats."
+            )
+        if said:
+            yield " ".join(said)
+    yield from few_cells(summary)
+
+
+def _verdicts(contrasts: pd.DataFrame, control: str) -> str:
+    """How the additive vector compares with a control, layer by layer."""
+    from persona_nnsight.analysis.columns import records
+    from persona_nnsight.analysis.wording import layers_in_words, listed, side_of_zero
+
+    groups: dict[int, list[str]] = {}
+    for row in records(contrasts[contrasts["control"] == control].dropna(subset=["lo"])):
+        groups.setdefault(side_of_zero(row), []).append(row["layers"])
+    verdicts = {-1: "costs less than", 1: "costs more than", 0: "cannot be told apart from"}
+    told = [
+        f"{verdict} {'it' if number else _CONTROLS[control]} at {layers_in_words(groups[side])}"
+        for number, (side, verdict) in enumerate(
+            (side, verdict) for side, verdict in verdicts.items() if side in groups
+        )
+    ]
+    return listed(told) if told else ""

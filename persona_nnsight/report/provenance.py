@@ -6,8 +6,8 @@ import shlex
 from collections.abc import Mapping
 from typing import Any
 
-from persona_nnsight.report.blocks import Facts
-from persona_nnsight.report.reading import Run
+from persona_nnsight.pages.blocks import Facts
+from persona_nnsight.pages.stored_run import Run
 
 _MODEL = ("id", "spec", "revision", "sha256", "dtype", "device", "attention")
 

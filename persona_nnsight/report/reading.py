@@ -5,13 +5,14 @@ from __future__ import annotations
 import json
 import re
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from persona_nnsight.analysis.columns import CELL, COLUMN, COLUMNS, is_text, read_table
 from persona_nnsight.errors import PersonaError, first_line, quoted
+from persona_nnsight.experiments.registry import NAMES, experiment_named
 from persona_nnsight.method.sites import NO_LAYERS, POSITIONS
+from persona_nnsight.pages.stored_run import Run
 from persona_nnsight.prompts.grids import Grid
 from persona_nnsight.storage.manifest import FORMAT
 from persona_nnsight.storage.run_directory import PENDING, RUN
@@ -19,9 +20,7 @@ from persona_nnsight.storage.run_directory import PENDING, RUN
 if TYPE_CHECKING:
     import pandas as pd
 
-#: Commands whose runs hold KLs.
-KL_COMMANDS = ("substitute", "inject", "steer")
-COMMANDS = ("capture", *KL_COMMANDS, "markers", "reproduce")
+COMMANDS = (*NAMES, "reproduce")
 #: The parts of a reproduction, in the paper's order.
 PARTS = ("table1", "table2", "table3", "table4")
 
@@ -30,22 +29,6 @@ _OBJECTS = ("model", "backend", "versions", "arguments", "seconds", "grid", "pea
 
 #: What a row is about: together they are there once.
 _KEYS = tuple(column.name for column in COLUMNS if column.is_key)
-#: Table: the columns it must have; every other column is optional.
-_KL_COLUMNS = {
-    "kl": (*CELL, "condition", "position", "layers", "kl", "n_tokens"),
-    "summary": ("condition", "position", "layers", "median", "q25", "q75", "min", "max", "n"),
-    "contrasts": (
-        *("position", "layers", "condition", "control"),
-        *("n", "difference", "lo", "hi", "lower"),
-    ),
-}
-_GEOMETRY_COLUMNS = (*CELL, "position", "layer", "cos_xy_sum", "cos_x_y", "inter_over_xy")
-_MARKER_COLUMNS = (*CELL, "condition", "layers", "any", "distinct", "hits")
-_MARKER_SUMMARY_COLUMNS = ("condition", "layers", "any", "distinct", "n")
-_MARKER_CONTRAST_COLUMNS = (
-    *("condition", "layers", "control", "measure"),
-    *("n", "difference", "lo", "hi"),
-)
 _PUBLISHED_COLUMNS = ("condition", "value", "n", "published_model", "published")
 
 #: Columns that hold names of ours or keys of a grid. Tables are files, and anybody may have
@@ -54,50 +37,6 @@ _NAMES = tuple(column.name for column in COLUMNS if column.is_name)
 _NAME = re.compile(r"[A-Za-z0-9_.+-]*")
 
 _ADVICE = "a report needs the table as the run wrote it"
-
-
-@dataclass(frozen=True)
-class Run:
-    """What a run directory holds.
-
-    Attributes:
-        name: of the directory.
-        manifest: ``run.json``.
-        grid: the grid that the run took its cells from; None for a reproduction.
-        tables: by file name without its ending: ``kl``, ``summary``, ``contrasts``, ``geometry``,
-            ``markers``, and in a reproduction ``table1`` to ``table4``; those that are there.
-        texts: the objects of ``text.jsonl``.
-        parts: the runs inside a reproduction, by name, in the paper's order.
-    """
-
-    name: str
-    manifest: Mapping[str, Any]
-    grid: Grid | None
-    tables: Mapping[str, pd.DataFrame]
-    texts: Sequence[Mapping[str, Any]]
-    parts: Mapping[str, Run] = field(default_factory=dict)
-
-    @property
-    def command(self) -> str:
-        """The command that made the run."""
-        return str(self.manifest["command"])
-
-    @property
-    def complete(self) -> bool:
-        """Whether the run, with all its parts, came to its end."""
-        return self.manifest.get("complete", True) is not False and all(
-            part.complete for part in self.parts.values()
-        )
-
-    def facts(self, name: str) -> Mapping[str, Any]:
-        """A mapping of the manifest such as ``model``; empty where an older run has none."""
-        value: Mapping[str, Any] = self.manifest.get(name) or {}
-        return value
-
-    def markers(self, persona: str) -> tuple[str, ...]:
-        """The markers of a persona."""
-        known = {} if self.grid is None else {p.key: p.markers for p in self.grid.personas}
-        return known.get(persona, ())
 
 
 def read_run(directory: Path) -> Run:
@@ -125,16 +64,8 @@ def read_run(directory: Path) -> Run:
         return Run(directory.absolute().name, manifest, None, tables, [], parts)
     # An interrupted run may have finished nothing, and then it has no tables.
     whole = manifest.get("complete", True) is not False
-    if command in KL_COMMANDS:
-        for name, columns in _KL_COLUMNS.items():
-            _read_into(tables, directory, name, columns, needed=whole and name != "contrasts")
-    if command == "markers":
-        _read_into(tables, directory, "summary", _MARKER_SUMMARY_COLUMNS, needed=whole)
-        _read_into(tables, directory, "contrasts", _MARKER_CONTRAST_COLUMNS)
-    _read_into(tables, directory, "markers", _MARKER_COLUMNS)
-    _read_into(
-        tables, directory, "geometry", _GEOMETRY_COLUMNS, needed=whole and command == "capture"
-    )
+    for name, file in experiment_named(command).files.items():
+        _read_into(tables, directory, name, file.columns, needed=whole and file.needed)
     try:
         grid = Grid.from_dict(manifest["grid"]) if manifest.get("grid") else None
     except PersonaError as problem:

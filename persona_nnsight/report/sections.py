@@ -1,35 +1,28 @@
-"""What the page says about a run: which figures and tables each command has."""
+"""What the page says about a run: what its experiment shows, and what every run has."""
 
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from typing import TYPE_CHECKING
 
 from markupsafe import Markup
 
-from persona_nnsight.report import table_blocks
-from persona_nnsight.report.beside_published import beside_published
-from persona_nnsight.report.blocks import Block, Picture, RunPage, Section
-from persona_nnsight.report.figures import geometry, inject, markers, steer, substitute
-from persona_nnsight.report.figures.canvas import Figure, inline_svg
-from persona_nnsight.report.generations import generations
+from persona_nnsight.analysis.columns import COLUMN
+from persona_nnsight.experiments.registry import experiment_named
+from persona_nnsight.pages.blocks import Picture, RunPage, Section
+from persona_nnsight.pages.figures.canvas import Figure, inline_svg
+from persona_nnsight.pages.run_sections import texts_section
+from persona_nnsight.pages.stored_run import Run
 from persona_nnsight.report.provenance import provenance
-from persona_nnsight.report.reading import KL_COMMANDS, PARTS, Run
+from persona_nnsight.reproduction.page import (
+    FIGURE1_BY_PART,
+    FIGURE1_PARTS,
+    reproduction_sections,
+)
 
 if TYPE_CHECKING:
     import pandas as pd
-
-_TITLES = {
-    "capture": "Capture",
-    "substitute": "Substitution",
-    "inject": "Injection",
-    "markers": "Markers",
-    "steer": "Steering",
-    "reproduce": "Reproduction",
-}
-#: What is written elsewhere at a few sites says little about geometry.
-_GEOMETRY_COMMANDS = ("capture", "substitute")
-_FOUND_TABLES = ("summary", "contrasts", "geometry", "markers")
 
 
 def run_page(run: Run, prefix: str = "", number: str = "") -> RunPage:
@@ -44,14 +37,13 @@ def run_page(run: Run, prefix: str = "", number: str = "") -> RunPage:
         run_page(part, f"{prefix}{name}-", f"Table {name.removeprefix('table')}")
         for name, part in run.parts.items()
     ]
-    sections = _reproduction(run, prefix) if run.command == "reproduce" else _run(run, prefix)
-    sections.append(
-        Section(
-            f"{prefix}provenance",
-            "Where the numbers come from",
-            [provenance(run)],
-            folded=bool(number),
-        )
+    if run.command == "reproduce":
+        sections = reproduction_sections(run)
+    else:
+        own = experiment_named(run.command).sections(run)
+        sections = [*own, *texts_section(run)]
+    source = Section(
+        "provenance", "Where the numbers come from", [provenance(run)], folded=bool(number)
     )
     return RunPage(
         id=f"{prefix}run",
@@ -59,7 +51,7 @@ def run_page(run: Run, prefix: str = "", number: str = "") -> RunPage:
         subtitle=_subtitle(run),
         interrupted=_interrupted(run),
         findings=_findings(run),
-        sections=sections,
+        sections=[_placed(section, prefix) for section in [*sections, source]],
         parts=parts,
     )
 
@@ -70,119 +62,18 @@ def pictures(page: RunPage) -> list[Picture]:
     return own + [picture for part in page.parts for picture in pictures(part)]
 
 
-def _run(run: Run, prefix: str) -> list[Section]:
-    sections = _effects(run, prefix)
-    if run.command in _GEOMETRY_COMMANDS and len(run.tables.get("geometry", ())):
-        table = run.tables["geometry"]
-        sections.append(
-            Section(
-                f"{prefix}geometry",
-                "Do the effects add up in the residual stream?",
-                [
-                    *(_picture(figure, prefix) for figure in geometry.geometry_by_layer(table)),
-                    table_blocks.geometry_table(table),
-                ],
-            )
-        )
-    if run.texts:
-        sections.append(
-            Section(
-                f"{prefix}texts",
-                "Generated texts",
-                generations(run),
-                intro="Greedy text of every cell under every edit. Words that give the persona "
-                "away are marked."
-                if any(run.markers(text["persona"]) for text in run.texts)
-                else "Greedy text of every cell under every edit.",
-            )
-        )
-    return sections
-
-
-def _effects(run: Run, prefix: str) -> list[Section]:
-    """The sections about what the edits did."""
-    summary = run.tables.get("summary")
-    if summary is None or not len(summary):
-        return []
-    cells = run.tables.get("kl")
-    figures: list[Figure | None] = []
-    if run.command == "markers":
-        figures = [markers.marker_bars(summary)]
-    elif cells is not None and run.command == "substitute":
-        figures = [
-            substitute.kl_by_layer(summary) if not prefix.endswith(_FIGURE1_PARTS) else None,
-            substitute.site_maps(summary),
-            substitute.cell_dots(summary, cells),
-            *substitute.by_persona_and_task(cells),
-        ]
-    elif cells is not None and run.command == "inject":
-        figures = [inject.injection_bars(summary, cells)]
-    elif run.command == "steer":
-        figures = [steer.steering_curves(summary, run.tables.get("markers"))]
-    meanings = table_blocks.meaning_table(list(dict.fromkeys(summary["condition"])), run.command)
-    blocks: list[Block] = [_picture(figure, prefix) for figure in figures if figure is not None]
-    sections = [
-        Section(
-            f"{prefix}effects",
-            {
-                "markers": "Does the text still show the persona?",
-                "substitute": "What changes when one residual is overwritten?",
-                "inject": "Can the persona be written into a prompt that does not name it?",
-                "steer": "What do other strengths of the two effects do?",
-            }[run.command],
-            [*([meanings] if meanings else []), *blocks],
-        )
-    ]
-    in_numbers: list[Block] = [
-        table_blocks.kl_table(summary)
-        if run.command in KL_COMMANDS
-        else table_blocks.marker_table(summary)
-    ]
-    contrasts = run.tables.get("contrasts")
-    if contrasts is not None and len(contrasts):
-        make = (
-            table_blocks.marker_contrast_table
-            if run.command == "markers"
-            else table_blocks.contrast_table
-        )
-        in_numbers.append(make(contrasts))
-    sections.append(Section(f"{prefix}numbers", "In numbers", in_numbers))
-    return sections
-
-
-#: Parts of a reproduction whose KL by layer is drawn in its Figure 1.
-_FIGURE1_PARTS = ("table1-", "table2-")
-
-
-def _reproduction(run: Run, prefix: str) -> list[Section]:
-    sections = []
-    drawn = {
-        f"Table {name.removeprefix('table')}": part.tables["summary"]
-        for name, part in run.parts.items()
-        if f"{name}-" in _FIGURE1_PARTS and part.tables.get("summary") is not None
-    }
-    if drawn:
-        figures = substitute.kl_by_layer_and_position(drawn)
-        sections.append(
-            Section(f"{prefix}figure1", "Figure 1", [_picture(f, prefix) for f in figures])
-        )
-    beside: list[Block] = [
-        table
-        for name in PARTS
-        if name in run.tables
-        for table in beside_published(name, run.tables[name])
-    ]
-    if beside:
-        sections.append(
-            Section(
-                f"{prefix}published",
-                "Beside the published numbers",
-                beside,
-                intro="Xu 2026, As X, Do Y (arXiv 2605.23147). A difference is given only where "
-                "the model is the same.",
-            )
-        )
-    return sections
+def _placed(section: Section, prefix: str) -> Section:
+    """A section where it stands on the page, its figures drawn; those of Figure 1 are above."""
+    drawn_above = (FIGURE1_BY_PART,) if prefix.endswith(FIGURE1_PARTS) else ()
+    return replace(
+        section,
+        id=f"{prefix}{section.id}",
+        blocks=[
+            _picture(block, prefix) if isinstance(block, Figure) else block
+            for block in section.blocks
+            if not (isinstance(block, Figure) and block.name in drawn_above)
+        ],
+    )
 
 
 def _picture(figure: Figure, prefix: str) -> Picture:
@@ -196,7 +87,8 @@ def _picture(figure: Figure, prefix: str) -> Picture:
 
 
 def _title(run: Run) -> str:
-    title = _TITLES[run.command]
+    reproduces = run.command == "reproduce"
+    title = "Reproduction" if reproduces else experiment_named(run.command).title
     model = run.facts("model").get("id")
     return f"{title}, {model}" if model else title
 
@@ -244,17 +136,19 @@ def _cells_with_rows(found: Mapping[str, pd.DataFrame]) -> int:
 
 
 def _findings(run: Run) -> Sequence[str]:
-    from persona_nnsight.analysis.findings import CAVEAT, findings
+    from persona_nnsight.analysis.wording import CAVEAT
 
-    found = {name: run.tables[name] for name in _FOUND_TABLES if name in run.tables}
-    summary = found.get("summary")
+    summary = run.tables.get("summary")
     if run.command == "reproduce" or (summary is not None and not _has_intervals(summary)):
         return []  # a sentence without an interval would say too much
-    said = findings(run.command, found)
+    said = experiment_named(run.command).findings(run.tables)
     return [*said, CAVEAT] if said else []
 
 
 def _has_intervals(summary: pd.DataFrame) -> bool:
     """Whether a summary has the intervals of its numbers, which older runs lack."""
-    measures = ("median", "recovered", "gap_closed", "any", "distinct")
-    return all(f"{name}_lo" in summary for name in measures if name in summary)
+    return all(
+        set(COLUMN[name].names) <= set(summary)
+        for name in summary
+        if name in COLUMN and COLUMN[name].has_interval
+    )

@@ -13,8 +13,8 @@ from jinja2 import Environment, PackageLoader, StrictUndefined
 from markupsafe import Markup
 
 from persona_nnsight.errors import PersonaError
-from persona_nnsight.report.blocks import RunPage
-from persona_nnsight.report.figures.canvas import save
+from persona_nnsight.pages.blocks import RunPage
+from persona_nnsight.pages.figures.canvas import save
 from persona_nnsight.report.reading import read_run
 from persona_nnsight.report.sections import pictures, run_page
 

@@ -10,13 +10,13 @@ from persona_nnsight.analysis.geometry_tables import RATIOS, geometry_summary
 from persona_nnsight.analysis.kl_tables import kl_summary
 from persona_nnsight.experiments.results import Result
 from persona_nnsight.method.sites import NO_LAYERS
-from persona_nnsight.reproduction.protocol import Study, has_paper_stimuli, reference_layers
+from persona_nnsight.reproduction.protocol import PaperTable, has_paper_stimuli, reference_layers
 from persona_nnsight.reproduction.published import REFERENCE_MODEL, paper_model, published
 
 _KEYS = ["position", "layers", "condition", "persona", "task", "measure"]
 
 
-def comparison(study: Study, result: Result) -> pd.DataFrame:
+def comparison(table: PaperTable, result: Result) -> pd.DataFrame:
     """One row per number of a table, ours beside the paper's where it has one.
 
     Columns: ``position``, ``layers``, ``condition``, ``persona``, ``task`` (empty for all cells),
@@ -27,17 +27,17 @@ def comparison(study: Study, result: Result) -> pd.DataFrame:
     ``published_q75``, ``same_stimuli`` (whether the cells have the texts of the paper's), and
     ``difference`` = ours - theirs, which is empty unless the model is the published one.
     """
-    ours = _OURS[study.table](result)
+    ours = _OURS[table.name](result)
     model_id = result.model.weights.model_id
     named = paper_model(model_id)
-    model = named if named and len(published(study.table, named)) else REFERENCE_MODEL
+    model = named if named and len(published(table.name, named)) else REFERENCE_MODEL
     same = model == named
-    place = None if same else reference_layers(study.table, result.model.tree.n_layers)
-    ours = ours.merge(_aligned(published(study.table, model), place), on=_KEYS, how="left")
+    place = None if same else reference_layers(table.name, result.model.tree.n_layers)
+    ours = ours.merge(_aligned(published(table.name, model), place), on=_KEYS, how="left")
     ours["published_layers"] = ours["published_layers"].fillna("")
     ours["published_model"] = model
-    ours["published_dtype"] = published(study.table, model)["dtype"].iloc[0]
-    ours["same_stimuli"] = has_paper_stimuli(study.grid, study.table)
+    ours["published_dtype"] = published(table.name, model)["dtype"].iloc[0]
+    ours["same_stimuli"] = has_paper_stimuli(table.grid, table.name)
     ours["difference"] = ours["value"] - ours["published"] if same else float("nan")
     return ours
 

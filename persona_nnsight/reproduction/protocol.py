@@ -18,14 +18,16 @@ import hashlib
 import json
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 from persona_nnsight.errors import PersonaError
-from persona_nnsight.experiments.inject import plan_inject
-from persona_nnsight.experiments.markers import plan_markers
-from persona_nnsight.experiments.substitute import plan_substitute
+from persona_nnsight.experiments.execution import Study
+from persona_nnsight.experiments.experiment import Experiment
+from persona_nnsight.experiments.inject import Inject
+from persona_nnsight.experiments.markers import Markers
+from persona_nnsight.experiments.substitute import Substitute
 from persona_nnsight.method.sites import DEFAULT_LAYERS, NO_LAYERS, format_layers, parse_layers
 from persona_nnsight.models.loading import Model
-from persona_nnsight.plan.plan import Plan
 from persona_nnsight.prompts.encoding import encode_prompt
 from persona_nnsight.prompts.grids import Grid
 from persona_nnsight.reproduction.published import paper_model
@@ -67,12 +69,10 @@ _STIMULI = {
 
 
 @dataclass(frozen=True)
-class Study:
-    """One table: the cells it is over, and the plan that makes it."""
+class PaperTable(Study[Any]):
+    """One table of `TABLES` by name, and the study that makes it."""
 
-    table: str
-    grid: Grid
-    plan: Plan
+    name: str
 
 
 def parse_targets(only: str | Iterable[str] | None) -> tuple[str, ...]:
@@ -94,7 +94,7 @@ def parse_targets(only: str | Iterable[str] | None) -> tuple[str, ...]:
     return tuple(table for table in TABLES if table in asked)
 
 
-def plan_study(table: str, model: Model, short: Grid, long: Grid) -> Study:
+def plan_table(table: str, model: Model, short: Grid, long: Grid) -> PaperTable:
     """Lay out one table for a model.
 
     Args:
@@ -106,27 +106,23 @@ def plan_study(table: str, model: Model, short: Grid, long: Grid) -> Study:
     Raises:
         PersonaError: the long grid has no review tasks or no markers, or a prompt is too long.
     """
+    grid = {"table1": short, "table2": long}.get(table) or _reviews(long)
+    experiment = _experiment(table, model, grid)
+    return PaperTable(experiment, grid, experiment.plan(model, grid), table)
+
+
+def _experiment(table: str, model: Model, grid: Grid) -> Experiment[Any]:
     n_layers = model.tree.n_layers
     if table == "table1":
-        plan = plan_substitute(
-            model,
-            short,
-            layers=DEFAULT_LAYERS,
-            positions=_table1_positions(model, short),
-            conditions=_conditions(short),
-        )
-        return Study(table, short, plan)
+        positions = _table1_positions(model, grid)
+        return Substitute(positions=positions, conditions=_conditions(grid))
     if table == "table2":
         named = paper_model(model.weights.model_id)
         layers = _TABLE2_LAYERS.get(named, _TABLE2_LAYERS[None])
-        return Study(
-            table, long, plan_substitute(model, long, layers=layers, conditions=_conditions(long))
-        )
-    reviews = _reviews(long)
+        return Substitute(layers=layers, conditions=_conditions(grid))
     if table == "table3":
-        return Study(table, reviews, plan_markers(model, reviews, layers=edited_layer(n_layers)))
-    sets = "; ".join(",".join(map(str, chosen)) for chosen in layer_sets(n_layers))
-    return Study(table, reviews, plan_inject(model, reviews, layers=sets))
+        return Markers(layers=edited_layer(n_layers))
+    return Inject(layers="; ".join(",".join(map(str, sets)) for sets in layer_sets(n_layers)))
 
 
 def edited_layer(n_layers: int) -> int:

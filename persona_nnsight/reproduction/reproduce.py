@@ -13,14 +13,15 @@ import pandas as pd
 
 from persona_nnsight.backends.interface import Backend, Detached
 from persona_nnsight.backends.local import LocalBackend
-from persona_nnsight.experiments.execution import Interrupted, Progress, execute_together
+from persona_nnsight.experiments.execution import Interrupted, execute_together
+from persona_nnsight.experiments.experiment import Progress
 from persona_nnsight.experiments.results import Result
 from persona_nnsight.models.loading import Model
 from persona_nnsight.plan.joining import join
 from persona_nnsight.plan.plan import Plan
 from persona_nnsight.prompts.grids import Grid
 from persona_nnsight.reproduction.comparison import comparison
-from persona_nnsight.reproduction.protocol import Study, parse_targets, plan_study
+from persona_nnsight.reproduction.protocol import PaperTable, parse_targets, plan_table
 from persona_nnsight.storage.manifest import reproduction_manifest
 from persona_nnsight.storage.run_directory import save_run
 
@@ -39,7 +40,7 @@ class Reproduction:
     """
 
     model: Model
-    studies: dict[str, Study]
+    studies: dict[str, PaperTable]
     results: dict[str, Result]
     seconds: dict[str, float]
     complete: bool
@@ -83,9 +84,9 @@ class Reproduction:
 
 def plan_reproduction(
     model: Model, short: Grid, long: Grid, only: str | Iterable[str] | None = None
-) -> list[Study]:
+) -> list[PaperTable]:
     """What `reproduce` will run, table by table."""
-    return [plan_study(table, model, short, long) for table in parse_targets(only)]
+    return [plan_table(table, model, short, long) for table in parse_targets(only)]
 
 
 def reproduce(
@@ -110,8 +111,8 @@ def reproduce(
         PersonaError: bad input, or a value that is not finite.
         ReproductionInterrupted: Ctrl-C; holds what was finished.
     """
-    studies = plan_reproduction(model, short or Grid.load("short"), long or Grid.load("long"), only)
-    return carry_out(model, studies, progress, backend)
+    tables = plan_reproduction(model, short or Grid.load("short"), long or Grid.load("long"), only)
+    return carry_out(model, tables, progress, backend)
 
 
 class ReproductionInterrupted(KeyboardInterrupt):
@@ -122,34 +123,34 @@ class ReproductionInterrupted(KeyboardInterrupt):
         self.reproduction = reproduction
 
 
-def in_passes(studies: Sequence[Study]) -> list[list[Study]]:
-    """The studies that share a pass: Table 1 has the short grid, the others the long one."""
-    short = [study for study in studies if study.table == "table1"]
-    long = [study for study in studies if study.table != "table1"]
+def in_passes(tables: Sequence[PaperTable]) -> list[list[PaperTable]]:
+    """The tables that share a pass: Table 1 has the short grid, the others the long one."""
+    short = [table for table in tables if table.name == "table1"]
+    long = [table for table in tables if table.name != "table1"]
     return [found for found in (short, long) if found]
 
 
-def joint_plan(studies: Sequence[Study]) -> Plan:
+def joint_plan(tables: Sequence[PaperTable]) -> Plan:
     """What one pass does, for its cost."""
-    return join([study.plan for study in studies]).plan
+    return join([table.plan for table in tables]).plan
 
 
 def carry_out(
     model: Model,
-    studies: Sequence[Study],
+    tables: Sequence[PaperTable],
     progress: Progress | None = None,
     backend: Backend | None = None,
 ) -> Reproduction:
-    """Run the studies, those over one grid together; see `reproduce`."""
+    """Run the tables, those over one grid together; see `reproduce`."""
     worker = LocalBackend(model) if backend is None else backend
-    passes = in_passes(studies)
+    passes = in_passes(tables)
     totals = [joint_plan(found).n_results for found in passes]
     results: dict[str, Result] = {}
     seconds: dict[str, float] = {}
     detached: Detached | None = None
 
     def reproduction(*, complete: bool) -> Reproduction:
-        by_name = {study.table: study for study in studies}
+        by_name = {table.name: table for table in tables}
         return Reproduction(model, by_name, results, seconds, complete, worker.record())
 
     for number, found in enumerate(passes):
@@ -160,15 +161,15 @@ def carry_out(
                 progress(before + done, sum(totals))
 
         try:
-            made = execute_together(model, [(s.grid, s.plan) for s in found], report, worker)
+            made = execute_together(model, found, report, worker)
         except Interrupted as stopped:
-            results.update((found[part].table, r) for part, r in stopped.results.items())
+            results.update((found[part].name, r) for part, r in stopped.results.items())
             raise ReproductionInterrupted(reproduction(complete=False)) from stopped
         except Detached as elsewhere:
             detached = elsewhere  # the other passes' jobs can be on their way too
             continue
-        results.update(zip((study.table for study in found), made, strict=True))
-        seconds["+".join(study.table for study in found)] = made[0].seconds["total"]
+        results.update(zip((table.name for table in found), made, strict=True))
+        seconds["+".join(table.name for table in found)] = made[0].seconds["total"]
     if detached is not None:
         raise detached
     return reproduction(complete=True)

@@ -11,9 +11,9 @@ import pandas as pd
 import pytest
 
 from persona_nnsight.analysis.columns import read_table
-from persona_nnsight.analysis.findings import findings
 from persona_nnsight.analysis.kl_tables import contrasts, kl_summary
 from persona_nnsight.analysis.marker_tables import marker_contrasts, marker_summary
+from persona_nnsight.experiments.registry import NAMES, experiment_named
 
 NAN = math.nan
 
@@ -85,7 +85,7 @@ def said(
         "summary": pd.DataFrame(summary),
         "contrasts": pd.DataFrame(contrasts, columns=None if contrasts else columns),
     }
-    return findings(command, frames)
+    return experiment_named(command).findings(frames)
 
 
 # --- substitute
@@ -426,8 +426,7 @@ def markers_table(counts: Mapping[tuple[str, str], Sequence[int]]) -> pd.DataFra
 
 def said_of_markers(counts: Mapping[tuple[str, str], Sequence[int]]) -> list[str]:
     table = markers_table(counts)
-    return findings(
-        "markers",
+    return experiment_named("markers").findings(
         {
             "markers": table,
             "summary": marker_summary(table),
@@ -522,12 +521,12 @@ ADDED_UP = (
 
 
 def test_a_capture_tells_direction_and_rest() -> None:
-    assert findings("capture", {"geometry": geometry(7)}) == [ADDED_UP]
+    assert experiment_named("capture").findings({"geometry": geometry(7)}) == [ADDED_UP]
 
 
 def test_a_capture_tells_what_the_norm_absorbs() -> None:
     changes = {("p_last", 8): -0.25, ("p_last", 14): 0.0, ("g1", 8): 0.5, ("g1", 14): -0.25}
-    found = findings("capture", {"geometry": geometry(7, changes)})
+    found = experiment_named("capture").findings({"geometry": geometry(7, changes)})
     assert found == [
         ADDED_UP,
         "The layer's input norm, which the paper supposes to absorb part of Inter, makes "
@@ -539,15 +538,15 @@ def test_a_change_that_goes_either_way_is_neither_smaller_nor_larger() -> None:
     table = geometry(8, dict.fromkeys([("p_last", 8), ("p_last", 14), ("g1", 8), ("g1", 14)], 0.0))
     sign = table["persona"].map(lambda name: 1 if int(name[1:]) % 2 else -1)
     table["inter_over_xy_normed"] = table["inter_over_xy"] + 0.25 * sign
-    _, sentence = findings("capture", {"geometry": table})
+    _, sentence = experiment_named("capture").findings({"geometry": table})
     assert "smaller at 0 of 4 sites and larger at 0 " in sentence
 
 
 def test_few_cells_say_nothing_about_the_norm() -> None:
     changes = dict.fromkeys([("p_last", 8), ("p_last", 14), ("g1", 8), ("g1", 14)], -0.25)
-    found = findings("capture", {"geometry": geometry(4, changes)})
+    found = experiment_named("capture").findings({"geometry": geometry(4, changes)})
     assert found == [ADDED_UP]
-    assert len(findings("capture", {"geometry": geometry(1)})) == 1
+    assert len(experiment_named("capture").findings({"geometry": geometry(1)})) == 1
 
 
 def test_a_capture_with_sites_that_no_continuation_reached() -> None:
@@ -555,7 +554,7 @@ def test_a_capture_with_sites_that_no_continuation_reached() -> None:
     table = geometry(7, changes)
     measures = ["cos_xy_sum", "inter_over_xy", "inter_over_xy_normed"]
     table.loc[table["position"] == "g1", measures] = NAN
-    first, second = findings("capture", {"geometry": table})
+    first, second = experiment_named("capture").findings({"geometry": table})
     assert first == ADDED_UP.replace("0.80", "0.60").replace("70 %", "50 %")
     assert "smaller at 2 of " in second
     assert "nan" not in second
@@ -565,10 +564,15 @@ def test_a_capture_with_sites_that_no_continuation_reached() -> None:
 
 
 def test_missing_and_empty_tables_say_nothing() -> None:
-    for command in ("capture", "substitute", "inject", "steer", "markers", "reproduce"):
-        assert findings(command, {}) == []
-        assert findings(command, {"geometry": pd.DataFrame(columns=["persona", "task"])}) == []
-    assert findings("substitute", {"geometry": geometry(7)}) == []
+    for command in NAMES:
+        assert experiment_named(command).findings({}) == []
+        assert (
+            experiment_named(command).findings(
+                {"geometry": pd.DataFrame(columns=["persona", "task"])}
+            )
+            == []
+        )
+    assert experiment_named("substitute").findings({"geometry": geometry(7)}) == []
 
 
 @pytest.mark.parametrize("command", ["substitute", "steer", "capture"])
@@ -577,7 +581,7 @@ def test_numbers_that_are_missing_are_not_printed(command: str) -> None:
     if command == "capture":
         table = geometry(1)
         table[["cos_xy_sum", "inter_over_xy"]] = NAN
-        found = findings(command, {"geometry": table})
+        found = experiment_named(command).findings({"geometry": table})
     else:
         rows = {
             "substitute": [("additive", NAN), ("bb", NAN), ("by", NAN)],
@@ -633,13 +637,13 @@ def run_tables(command: str) -> dict[str, pd.DataFrame]:
 @pytest.mark.parametrize("command", ["substitute", "inject", "steer"])
 def test_the_tables_on_disk_say_the_same(command: str, tmp_path: Path) -> None:
     tables = run_tables(command)
-    found = findings(command, tables)
+    found = experiment_named(command).findings(tables)
     assert found
     for name, table in tables.items():
         table.to_csv(tmp_path / f"{name}.csv", index=False)
-    assert findings(command, {name: read_table(tmp_path / f"{name}.csv") for name in tables}) == (
-        found
-    )
+    assert experiment_named(command).findings(
+        {name: read_table(tmp_path / f"{name}.csv") for name in tables}
+    ) == (found)
 
 
 @pytest.mark.parametrize("command", ["substitute", "inject", "steer"])
@@ -652,7 +656,7 @@ def test_a_run_can_be_interrupted_after_any_row(command: str) -> None:
     for rows in (*range(1, 16), *range(16, len(whole), 5)):
         table = whole.loc[sorted(order[:rows])]
         tables = {"summary": kl_summary(table), "contrasts": contrasts(table)}
-        for sentence in findings(command, tables):
+        for sentence in experiment_named(command).findings(tables):
             assert "nan" not in sentence.lower()
 
 

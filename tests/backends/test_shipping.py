@@ -24,11 +24,11 @@ from persona_nnsight.backends.wire import sources as shipping
 from persona_nnsight.backends.wire.session import Envelope, run_block
 from persona_nnsight.backends.wire.sources import shipped_name, shipped_sources
 from persona_nnsight.engine.run import run
-from persona_nnsight.experiments.capture import plan_capture
-from persona_nnsight.experiments.inject import plan_inject
-from persona_nnsight.experiments.markers import plan_markers
-from persona_nnsight.experiments.steer import plan_steer
-from persona_nnsight.experiments.substitute import plan_substitute
+from persona_nnsight.experiments.capture import Capture
+from persona_nnsight.experiments.inject import Inject
+from persona_nnsight.experiments.markers import Markers
+from persona_nnsight.experiments.steer import Steer
+from persona_nnsight.experiments.substitute import Substitute
 from persona_nnsight.plan.costs import Limits
 from persona_nnsight.plan.data import from_data, to_data
 from persona_nnsight.plan.events import Recorded, Scored, Written
@@ -154,7 +154,7 @@ class Recording(CustomCloudUnpickler):  # type: ignore[misc]
 def test_the_payload_holds_no_code(tiny: Tiny) -> None:
     model = tiny("llama")
     envelope = Envelope()
-    plan = plan_substitute(model, TINY_GRID, layers=(2,), positions="p_last", generate=2)
+    plan = Substitute(layers=(2,), positions="p_last", generate=2).plan(model, TINY_GRID)
     assert run_block(model, run, plan, None, envelope) is None
     assert len(envelope.blob) < 100_000
     payload = zstandard.ZstdDecompressor().decompress(envelope.blob)
@@ -231,7 +231,7 @@ def test_there_leaves_no_trace_of_a_failure(entry: str, error: type[Exception], 
 
 def test_a_failing_job_leaves_no_trace(tiny: Tiny, sources: dict[str, str]) -> None:
     model = tiny("llama")
-    plan = plan_capture(model, MARKED, layers=(2,), positions="p_last")
+    plan = Capture(layers=(2,), positions="p_last").plan(model, MARKED)
     request = {
         "function": f"{shipped_name(run.__module__, sources)}:{run.__name__}",
         "plan": json.dumps(to_data(plan)),
@@ -287,14 +287,14 @@ def given_plan(model: Model) -> Plan:
     vectors = capture(model, TINY_GRID, layers=(2, 3), positions="p_last").vectors()
     data: dict[str, Any] = TINY_GRID.to_dict()
     data["tasks"] = {"poem": "write a poem.", "joke": "tell a joke."}
-    return plan_steer(
-        model, Grid.from_dict(data), layers=(2, 3), alpha="0,2", vectors=vectors, generate=2
+    return Steer(layers=(2, 3), alpha="0,2", vectors=vectors, generate=2).plan(
+        model, Grid.from_dict(data)
     )
 
 
 def plan_on_some_cells(model: Model) -> Plan:
-    plan = plan_substitute(
-        model, TINY_GRID, layers=(2, 4), positions="p_user_last,g1", conditions="by,random"
+    plan = Substitute(layers=(2, 4), positions="p_user_last,g1", conditions="by,random").plan(
+        model, TINY_GRID
     )
     sets: list[tuple[int, ...] | None] = [(0,), (1, 3, 5), None, (), (4, 5), (2, 0)]
     edits = tuple(replace(e, cells=sets[n % len(sets)]) for n, e in enumerate(plan.edits))
@@ -302,14 +302,14 @@ def plan_on_some_cells(model: Model) -> Plan:
 
 
 PLANS: dict[str, Callable[[Model], Plan]] = {
-    "substitute": lambda model: plan_substitute(
-        model, TINY_GRID, layers=(2, 4), positions="p_last,g2", generate=3
+    "substitute": lambda model: Substitute(layers=(2, 4), positions="p_last,g2", generate=3).plan(
+        model, TINY_GRID
     ),
-    "capture": lambda model: plan_capture(
-        model, TINY_GRID, layers=(0, 3), positions="p_user_last,p_last,g1", window=1
-    ),
-    "inject": lambda model: plan_inject(model, MARKED, layers="2; 3,4"),
-    "markers": lambda model: plan_markers(model, MARKED, layers="2,3", tokens=5),
+    "capture": lambda model: Capture(
+        layers=(0, 3), positions="p_user_last,p_last,g1", window=1
+    ).plan(model, TINY_GRID),
+    "inject": lambda model: Inject(layers="2; 3,4").plan(model, MARKED),
+    "markers": lambda model: Markers(layers="2,3", tokens=5).plan(model, MARKED),
     "given": given_plan,
     "some cells": plan_on_some_cells,
 }
@@ -401,7 +401,7 @@ def test_attention_is_the_clients_for_a_job_and_then_as_before(tiny: Tiny) -> No
     model = tiny("llama")
     config = model.lm._module.config
     assert config._attn_implementation == "sdpa"
-    plan = plan_capture(model, MARKED, layers=(2,), positions="p_last")
+    plan = Capture(layers=(2,), positions="p_last").plan(model, MARKED)
     function = f"{run.__module__}:{run.__name__}"
     answer = job.run_job(model.lm, function, json.dumps(to_data(plan)), None, "eager")
     assert answer["facts"]["attention"] == "eager"
@@ -410,7 +410,7 @@ def test_attention_is_the_clients_for_a_job_and_then_as_before(tiny: Tiny) -> No
 
 def test_attention_that_cannot_be_changed(tiny: Tiny, monkeypatch: pytest.MonkeyPatch) -> None:
     """In a sandbox: eager is insisted on, since a model may need it, and others are taken."""
-    plan = plan_capture(tiny("llama"), MARKED, layers=(2,), positions="p_last")
+    plan = Capture(layers=(2,), positions="p_last").plan(tiny("llama"), MARKED)
     arguments = (f"{run.__module__}:{run.__name__}", json.dumps(to_data(plan)), None)
     monkeypatch.setattr(job, "is_far", lambda lm: True)
     with pytest.raises(PersonaError, match="use --attn sdpa to take them"):

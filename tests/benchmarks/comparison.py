@@ -6,6 +6,8 @@ import math
 from collections.abc import Mapping
 from dataclasses import dataclass
 
+from studies import study_of
+
 from benchmarks.floor import floor
 from benchmarks.lengths import Lengths
 from benchmarks.measure import Measured, measure
@@ -105,8 +107,9 @@ def compare(
         RuntimeError: the procedure took other forwards than were counted for it.
     """
     plan, grid = workload.plan, workload.grid
-    execute(model, grid, part_of(plan, range(1)))  # what only a first run takes is not timed
-    result, ours = measure(model, lambda: execute(model, grid, plan))
+    one_cell = study_of(grid, part_of(plan, range(1)))
+    execute(model, one_cell)  # what only a first run takes is not timed
+    result, ours = measure(model, lambda: execute(model, study_of(grid, plan)))
     lengths = Lengths.of(result)
 
     subset = subset_of(plan, cells, edits)

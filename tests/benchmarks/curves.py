@@ -11,6 +11,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from studies import study_of
 from transformers import LlamaConfig
 
 from benchmarks.floor import floor_parts
@@ -19,7 +20,7 @@ from benchmarks.random_models import SPECIAL, random_model, texts_of
 from benchmarks.work import Work, shapes_of
 from persona_nnsight import Grid, Model
 from persona_nnsight.experiments.execution import execute
-from persona_nnsight.experiments.substitute import plan_substitute
+from persona_nnsight.experiments.substitute import Substitute
 from persona_nnsight.plan.joining import part_of
 from persona_nnsight.plan.plan import Plan
 
@@ -97,7 +98,7 @@ def points(names: tuple[str, ...] = tuple(CURVES), *, device: str, dtype: str) -
 def _ready(vocabulary: int, device: str, dtype: str) -> Model:
     """The model after a first run: what only that takes is not timed."""
     model = curve_model(vocabulary, device=device, dtype=dtype)
-    execute(model, curve_grid(Size()), part_of(curve_plan(model, Size()), range(1)))
+    execute(model, study_of(curve_grid(Size()), part_of(curve_plan(model, Size()), range(1))))
     return model
 
 
@@ -136,18 +137,14 @@ def curve_grid(size: Size) -> Grid:
 
 def curve_plan(model: Model, size: Size) -> Plan:
     positions = ["p_last", *(f"g{k}" for k in range(1, size.positions))]
-    return plan_substitute(
-        model,
-        curve_grid(size),
-        layers=_LAYERS[size.layers],
-        positions=positions,
-        conditions="additive",
+    return Substitute(layers=_LAYERS[size.layers], positions=positions, conditions="additive").plan(
+        model, curve_grid(size)
     )
 
 
 def _point(curve: str, value: int, model: Model, size: Size) -> Point:
     grid, plan = curve_grid(size), curve_plan(model, size)
-    _, measured = measure(model, lambda: execute(model, grid, plan))
+    _, measured = measure(model, lambda: execute(model, study_of(grid, plan)))
     parts = floor_parts(plan, N_LAYERS)
     return Point(
         curve=curve,

@@ -7,11 +7,11 @@ from collections.abc import Callable
 from dataclasses import dataclass, replace
 
 from persona_nnsight import Grid, Model
-from persona_nnsight.experiments.capture import plan_capture
-from persona_nnsight.experiments.substitute import plan_substitute
+from persona_nnsight.experiments.capture import Capture
+from persona_nnsight.experiments.substitute import Substitute
 from persona_nnsight.plan.plan import Plan
 from persona_nnsight.prompts.encoding import encode_prompt
-from persona_nnsight.reproduction.protocol import layer_sets, plan_study
+from persona_nnsight.reproduction.protocol import layer_sets, plan_table
 
 #: Layers 8, 15 and 21 of 30, and as deep in other models.
 _THREE_LAYERS = "27%,50%,70%"
@@ -37,25 +37,25 @@ class Grids:
 def _short(model: Model, grids: Grids) -> Workload:
     prompt = encode_prompt(model.tokenizer, grids.short.prompt(None, None))
     first = "" if prompt.user_last is None else "p_user_last,"
-    plan = plan_substitute(
-        model, grids.short, positions=f"{first}p_last,g1,g2", conditions="additive"
+    plan = Substitute(positions=f"{first}p_last,g1,g2", conditions="additive").plan(
+        model, grids.short
     )
     return Workload("short grid, 5 layers", grids.short, plan)
 
 
 def _three_layers(model: Model, grids: Grids) -> Workload:
-    plan = plan_substitute(model, grids.long, layers=_THREE_LAYERS, conditions="additive")
+    plan = Substitute(layers=_THREE_LAYERS, conditions="additive").plan(model, grids.long)
     return Workload("long grid, 3 layers", grids.long, plan)
 
 
 def _all_layers(model: Model, grids: Grids) -> Workload:
-    plan = plan_substitute(model, grids.long, layers="all", conditions="additive")
+    plan = Substitute(layers="all", conditions="additive").plan(model, grids.long)
     return Workload("long grid, all layers", grids.long, plan)
 
 
 def _inject(model: Model, grids: Grids) -> Workload:
     """What the paper ran: the oracle at the one layer, the cached vector at every set."""
-    study = plan_study("table4", model, grids.short, grids.long)
+    study = plan_table("table4", model, grids.short, grids.long)
     alone = layer_sets(model.tree.n_layers)[0]
     edits = tuple(
         edit for edit in study.plan.edits if edit.condition != "oracle" or edit.layers == alone
@@ -64,13 +64,13 @@ def _inject(model: Model, grids: Grids) -> Workload:
 
 
 def _markers(model: Model, grids: Grids) -> Workload:
-    study = plan_study("table3", model, grids.short, grids.long)
+    study = plan_table("table3", model, grids.short, grids.long)
     return Workload("markers, 80 tokens", study.grid, study.plan)
 
 
 def _capture(model: Model, grids: Grids) -> Workload:
     return Workload(
-        "capture, all layers", grids.long, plan_capture(model, grids.long, layers="all")
+        "capture, all layers", grids.long, Capture(layers="all").plan(model, grids.long)
     )
 
 

@@ -13,6 +13,7 @@ from benchmarks.random_models import SPECIAL, random_model, texts_of
 from cells import TINY_GRID
 from commands import Persona
 from rounding import KL64
+from studies import study_of
 from tiny import Tiny
 from transformers import LlamaConfig
 
@@ -21,7 +22,7 @@ from persona_nnsight.backends.local import LocalBackend
 from persona_nnsight.engine import run as engine_run
 from persona_nnsight.engine.memory import in_batches
 from persona_nnsight.experiments.execution import execute
-from persona_nnsight.experiments.substitute import plan_substitute, substitute
+from persona_nnsight.experiments.substitute import Substitute, substitute
 from persona_nnsight.plan.costs import Limits, fit_limits, working_bytes
 
 ERRORS = [
@@ -93,7 +94,7 @@ def test_a_run_goes_on_in_halves(tiny64: Tiny, step: str, monkeypatch: pytest.Mo
 
 def test_limits_shrink_with_the_budget(tiny: Tiny) -> None:
     model = tiny("llama")
-    plan = plan_substitute(model, TINY_GRID, layers="all")
+    plan = Substitute(layers="all").plan(model, TINY_GRID)
     least = working_bytes(plan, model.tree, Limits(1, 1, 1024))
     before: Limits | None = None
     for share in (64, 8, 2, 1):
@@ -120,13 +121,13 @@ def test_a_budget_is_kept() -> None:
     )
     grid = Grid.load("long").select(["engineer", "chef"])
     model = random_model("wide", config, texts_of([grid]), device="cpu")
-    plan = plan_substitute(model, grid, layers="all", positions="p_last", conditions="additive")
-    execute(model, grid, plan)  # what is only allocated once
+    plan = Substitute(layers="all", positions="p_last", conditions="additive").plan(model, grid)
+    execute(model, study_of(grid, plan))  # what is only allocated once
     chunks = []
     for budget in (120_000_000, 400_000_000):
         backend = LocalBackend(model, memory_budget=budget)
         chunks.append(backend.limits(plan).cells)
-        _, measured = measure(model, partial(execute, model, grid, plan, backend=backend))
+        _, measured = measure(model, partial(execute, model, study_of(grid, plan), backend=backend))
         assert measured.peak_bytes < 1.1 * budget
     assert chunks[0] < chunks[1]
 

@@ -20,16 +20,17 @@ from hypothesis import strategies as st
 from hypothesis.strategies import DataObject, DrawFn
 from reference import Reference, decomposition, kl, vector
 from rounding import KL64, assert_close, tolerance
+from studies import study_of
 from torch import Tensor
 
 from persona_nnsight import Grid, Model, load_model
 from persona_nnsight.backends.local import LocalBackend
-from persona_nnsight.experiments.capture import plan_capture
+from persona_nnsight.experiments.capture import Capture
 from persona_nnsight.experiments.execution import execute
-from persona_nnsight.experiments.inject import plan_inject
+from persona_nnsight.experiments.inject import Inject
 from persona_nnsight.experiments.results import CaptureResult, EditResult, Result
-from persona_nnsight.experiments.steer import plan_steer
-from persona_nnsight.experiments.substitute import plan_substitute
+from persona_nnsight.experiments.steer import Steer
+from persona_nnsight.experiments.substitute import Substitute
 from persona_nnsight.method.conditions import INJECT_CONDITIONS, STEER, SUBSTITUTE_CONDITIONS
 from persona_nnsight.method.edit_vectors import seeded_noise
 from persona_nnsight.method.sites import generated_index
@@ -118,32 +119,28 @@ def plans(draw: DrawFn, model: Model, grid: Grid) -> Plan:
     window, generate = draw(st.integers(1, 6)), draw(st.sampled_from((0, 0, 1, 5)))
     match draw(st.sampled_from(("capture", "substitute", "inject", "steer"))):
         case "capture":
-            return plan_capture(
-                model, grid, layers=draw(layers), positions=draw(names), window=window
+            return Capture(layers=draw(layers), positions=draw(names), window=window).plan(
+                model, grid
             )
         case "substitute":
             known = [c for c in SUBSTITUTE_CONDITIONS if c != "other_x" or len(grid.personas) > 1]
-            return plan_substitute(
-                model,
-                grid,
+            return Substitute(
                 layers=draw(layers),
                 positions=draw(names),
                 conditions=draw(st.lists(st.sampled_from(known), min_size=1, max_size=2)),
                 window=window,
                 generate=generate,
                 seed=draw(st.integers(0, 3)),
-            )
+            ).plan(model, grid)
         case "inject":
             sets = "; ".join(
                 ",".join(map(str, chosen))
                 for chosen in draw(st.lists(layers, min_size=1, max_size=2))
             )
-            return plan_inject(
-                model, grid, layers=sets, each=draw(st.booleans()), window=window, generate=generate
-            )
-    return plan_steer(
-        model,
-        grid,
+            return Inject(
+                layers=sets, each=draw(st.booleans()), window=window, generate=generate
+            ).plan(model, grid)
+    return Steer(
         layers=draw(layers),
         positions=draw(names),
         alpha=draw(st.lists(st.sampled_from((-1.0, 0.0, 0.5, 2.0)), min_size=1, max_size=2)),
@@ -151,7 +148,7 @@ def plans(draw: DrawFn, model: Model, grid: Grid) -> Plan:
         host=draw(st.sampled_from(("xy", "by"))),
         window=window,
         generate=generate,
-    )
+    ).plan(model, grid)
 
 
 LIMITS = st.builds(
@@ -170,7 +167,7 @@ def test_every_number_is_the_oracles(
     with built(shape) as model:
         plan = data.draw(plans(model, grid))
         with patch.object(LocalBackend, "limits", lambda self, plan: limits):
-            result = execute(model, grid, plan)
+            result = execute(model, study_of(grid, plan))
         oracle = Oracle(reference_of(model), plan, grid, result)
         for cell in data.draw(some(len(plan.cells), most=2)):
             oracle.check_continuation(cell)

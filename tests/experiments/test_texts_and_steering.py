@@ -12,8 +12,8 @@ from rounding import KL32, KL64, assert_close
 from tiny import FAMILIES, Tiny
 
 from persona_nnsight import PersonaError, capture, inject, steer, substitute
-from persona_nnsight.experiments.markers import markers, plan_markers
-from persona_nnsight.experiments.steer import parse_factors, plan_steer
+from persona_nnsight.experiments.markers import Markers, markers
+from persona_nnsight.experiments.steer import Steer, parse_factors
 from persona_nnsight.storage.vectors import Vectors
 
 
@@ -233,21 +233,21 @@ def test_bad_factors(text: Any) -> None:
 def test_bad_steering(tiny: Tiny) -> None:
     model = tiny("llama")
     with pytest.raises(PersonaError, match="Host 'BB' does not exist"):
-        plan_steer(model, TINY_GRID, host="BB")
+        Steer(host="BB").plan(model, TINY_GRID)
     other = capture(tiny("gpt2"), TINY_GRID, layers=(2,), positions="p_last").vectors()
     with pytest.raises(PersonaError, match="of other weights"):
-        plan_steer(model, TINY_GRID, layers=(2,), vectors=other)
+        Steer(layers=(2,), vectors=other).plan(model, TINY_GRID)
     saved = capture(model, TINY_GRID.select(["yoda"]), layers=(2,), positions="p_last").vectors()
     with pytest.raises(PersonaError, match="marx"):
-        plan_steer(model, TINY_GRID, layers=(2,), vectors=saved)
+        Steer(layers=(2,), vectors=saved).plan(model, TINY_GRID)
     with pytest.raises(PersonaError, match="3"):
-        plan_steer(model, TINY_GRID.select(["yoda"]), layers=(3,), vectors=saved)
+        Steer(layers=(3,), vectors=saved).plan(model, TINY_GRID.select(["yoda"]))
     with pytest.raises(PersonaError, match="g1"):
-        plan_steer(model, TINY_GRID.select(["yoda"]), layers=(2,), positions="g1", vectors=saved)
+        Steer(layers=(2,), positions="g1", vectors=saved).plan(model, TINY_GRID.select(["yoda"]))
 
 
 def test_bad_markers(tiny: Tiny) -> None:
     with pytest.raises(PersonaError, match="'yoda' of grid 'tiny' has no markers"):
-        plan_markers(tiny("llama"), TINY_GRID)
+        Markers().plan(tiny("llama"), TINY_GRID)
     with pytest.raises(PersonaError, match="0 tokens"):
-        plan_markers(tiny("llama"), MARKED, tokens=0)
+        Markers(tokens=0).plan(tiny("llama"), MARKED)

@@ -30,10 +30,11 @@ from persona_nnsight.method.sites import (
 )
 from persona_nnsight.models.loading import _device
 from persona_nnsight.models.weights.resolve import resolve
+from persona_nnsight.pages.stored_run import Run
 from persona_nnsight.prompts.grid_import import grid_from_script
 from persona_nnsight.prompts.grids import Grid, is_key
 from persona_nnsight.prompts.strict_yaml import parse_yaml
-from persona_nnsight.report.reading import COMMANDS, Run, read_run
+from persona_nnsight.report.reading import COMMANDS, read_run
 from persona_nnsight.reproduction.protocol import TABLES, parse_targets
 from persona_nnsight.storage.vectors import Vectors
 

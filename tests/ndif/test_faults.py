@@ -27,7 +27,7 @@ from persona_nnsight import PersonaError, capture, load_model
 from persona_nnsight.backends.ndif.backend import NdifBackend
 from persona_nnsight.backends.ndif.server import Answer, Server
 from persona_nnsight.engine.run import run
-from persona_nnsight.experiments.substitute import plan_substitute
+from persona_nnsight.experiments.substitute import Substitute
 
 pytestmark = pytest.mark.ndif
 
@@ -278,7 +278,7 @@ def test_a_value_that_is_not_finite_is_said_as_on_this_machine(
 
 def test_a_job_that_raises(ndif: NdifServer, deployed: Path) -> None:
     model = load_model(str(deployed), weights=False)
-    plan = plan_substitute(model, TINY_GRID, layers=(2,), positions="p_last", conditions="bb")
+    plan = Substitute(layers=(2,), positions="p_last", conditions="bb").plan(model, TINY_GRID)
     beyond = replace(plan, layers=(99,), edits=(replace(plan.edits[0], layers=(99,)),))
     backend = NdifBackend(model, Server(ndif.url))
     with pytest.raises(

@@ -8,17 +8,18 @@ from typing import Any
 import pytest
 from cells import MARKED
 from rounding import KL64, assert_close, assert_same_table
+from studies import study_of
 from tiny import Tiny
 
 from persona_nnsight import CaptureResult, Grid, Model
 from persona_nnsight.backends.local import LocalBackend
 from persona_nnsight.engine.run import run
-from persona_nnsight.experiments.capture import plan_capture
+from persona_nnsight.experiments.capture import Capture
 from persona_nnsight.experiments.execution import Interrupted, execute, execute_together
-from persona_nnsight.experiments.inject import plan_inject
-from persona_nnsight.experiments.markers import plan_markers
-from persona_nnsight.experiments.steer import plan_steer
-from persona_nnsight.experiments.substitute import plan_substitute
+from persona_nnsight.experiments.inject import Inject
+from persona_nnsight.experiments.markers import Markers
+from persona_nnsight.experiments.steer import Steer
+from persona_nnsight.experiments.substitute import Substitute
 from persona_nnsight.plan.costs import Limits
 from persona_nnsight.plan.events import Recorded, Scored, Written
 from persona_nnsight.plan.joining import join
@@ -31,14 +32,14 @@ def studies(model: Model) -> list[tuple[Grid, Plan]]:
     return [
         (
             part,
-            plan_substitute(
-                model, part, layers=(2, 4), positions="p_user_last,g1", conditions="by"
+            Substitute(layers=(2, 4), positions="p_user_last,g1", conditions="by").plan(
+                model, part
             ),
         ),
-        (MARKED, plan_inject(model, MARKED, layers="1; 2,3")),
-        (part, plan_markers(model, part, layers=(3,), tokens=5)),
-        (MARKED, plan_capture(model, MARKED, layers=(0, 2), positions="p_last,g2", window=1)),
-        (MARKED, plan_steer(model, MARKED, layers=(1,), alpha="0,2", host="by", generate=4)),
+        (MARKED, Inject(layers="1; 2,3").plan(model, MARKED)),
+        (part, Markers(layers=(3,), tokens=5).plan(model, part)),
+        (MARKED, Capture(layers=(0, 2), positions="p_last,g2", window=1).plan(model, MARKED)),
+        (MARKED, Steer(layers=(1,), alpha="0,2", host="by", generate=4).plan(model, MARKED)),
     ]
 
 
@@ -47,9 +48,9 @@ def test_together_as_alone(tiny64: Tiny, limits: Limits, monkeypatch: pytest.Mon
     monkeypatch.setattr(LocalBackend, "limits", lambda self, plan: limits)
     model = tiny64("llama")
     both = studies(model)
-    together = execute_together(model, both)
+    together = execute_together(model, [study_of(*each) for each in both])
     for (grid, plan), joined in zip(both, together, strict=True):
-        alone = execute(model, grid, plan)
+        alone = execute(model, study_of(grid, plan))
         assert joined.plan == plan
         assert joined.continuations == alone.continuations
         assert joined.texts == alone.texts
@@ -84,17 +85,17 @@ def test_what_is_shared_is_computed_once(tiny64: Tiny) -> None:
 
 def test_plans_that_cannot_share_a_run(tiny64: Tiny) -> None:
     model = tiny64("llama")
-    one = plan_substitute(model, MARKED, layers=(2,), conditions="additive")
+    one = Substitute(layers=(2,), conditions="additive").plan(model, MARKED)
     with pytest.raises(ValueError, match="different windows"):
-        join([one, plan_substitute(model, MARKED, layers=(2,), conditions="by", window=3)])
-    part = plan_substitute(model, MARKED.select(["marx"]), layers=(2,), conditions="other_x")
+        join([one, Substitute(layers=(2,), conditions="by", window=3).plan(model, MARKED)])
+    part = Substitute(layers=(2,), conditions="other_x").plan(model, MARKED.select(["marx"]))
     with pytest.raises(ValueError, match="need different residuals"):
         join([one, part])
     data: dict[str, Any] = MARKED.to_dict()
     data["personas"]["marx"] = "Groucho Marx"
     other = Grid.from_dict(data).select(["marx"])
     with pytest.raises(ValueError, match="marx/haiku is another prompt"):
-        join([one, plan_substitute(model, other, layers=(2,), conditions="additive")])
+        join([one, Substitute(layers=(2,), conditions="additive").plan(model, other)])
 
 
 def test_interrupting_keeps_what_each_plan_has(tiny64: Tiny) -> None:
@@ -107,12 +108,12 @@ def test_interrupting_keeps_what_each_plan_has(tiny64: Tiny) -> None:
             raise KeyboardInterrupt
 
     with pytest.raises(Interrupted) as stopped:
-        execute_together(model, both, stop)
+        execute_together(model, [study_of(*each) for each in both], stop)
     assert set(stopped.value.results) == {0}
     kept = stopped.value.results[0]
     assert not kept.complete
     assert len(kept.frame()) == n_first // 2
-    whole = execute(model, *both[0]).frame()
+    whole = execute(model, study_of(*both[0])).frame()
     merged = kept.frame().merge(whole, on=[c for c in whole if c not in ("kl", "n_tokens")])
     assert len(merged) == n_first // 2
     assert merged["kl_x"].to_numpy() == pytest.approx(merged["kl_y"].to_numpy(), abs=KL64)
@@ -120,8 +121,8 @@ def test_interrupting_keeps_what_each_plan_has(tiny64: Tiny) -> None:
 
 def test_an_edit_runs_on_its_cells_alone(tiny64: Tiny) -> None:
     model = tiny64("llama")
-    plan = plan_substitute(model, MARKED, layers=(2,), positions="p_last", conditions="by")
+    plan = Substitute(layers=(2,), positions="p_last", conditions="by").plan(model, MARKED)
     plan = replace(plan, edits=tuple(replace(edit, cells=(1, 3)) for edit in plan.edits))
-    table = execute(model, MARKED, plan).frame()
+    table = execute(model, study_of(MARKED, plan)).frame()
     cells = [(c.persona.key, c.task.key) for c in (MARKED.cells[1], MARKED.cells[3])]
     assert list(table[["persona", "task"]].itertuples(index=False, name=None)) == cells

@@ -31,10 +31,10 @@ from tiny import N_LAYERS, VOCAB_SIZE, Tiny
 from transformers import Gemma2Config
 
 from persona_nnsight import Grid, Model
-from persona_nnsight.experiments.capture import plan_capture
-from persona_nnsight.experiments.inject import plan_inject
-from persona_nnsight.experiments.markers import plan_markers
-from persona_nnsight.experiments.substitute import plan_substitute
+from persona_nnsight.experiments.capture import Capture
+from persona_nnsight.experiments.inject import Inject
+from persona_nnsight.experiments.markers import Markers
+from persona_nnsight.experiments.substitute import Substitute
 from persona_nnsight.plan.plan import CellPlan, Edit, Plan
 from persona_nnsight.prompts.prompt import Prompt
 
@@ -191,7 +191,7 @@ def test_the_procedure_finds_the_references_numbers(tiny: Tiny, family: str) -> 
     cell = TINY_GRID.cells[3]
     prompts = grid_prompts(cell.persona.text, cell.task.text, "someone", "give some advice.")
 
-    plan = plan_substitute(model, TINY_GRID, layers="2,4", positions="p_user_last,p_last,g2")
+    plan = Substitute(layers="2,4", positions="p_user_last,p_last,g2").plan(model, TINY_GRID)
     additive = [n for n, edit in enumerate(plan.edits) if edit.condition == "additive"]
     continuation = reference.continuation(prompts, plan.positions)
     found = mine.run_cell(plan, 3, additive, continuation)
@@ -208,14 +208,14 @@ def test_the_procedure_finds_the_references_numbers(tiny: Tiny, family: str) -> 
     )
     assert_close(found.residuals["XB"][2, 1], residual)
 
-    plan = plan_inject(model, TINY_GRID, layers="2; 1,3")
+    plan = Inject(layers="2; 1,3").plan(model, TINY_GRID)
     found = mine.run_cell(plan, 3, range(len(plan.edits)), continuation[:10])
     for number, value in found.kls.items():
         edit = plan.edits[number]
         one = reference.injection_kl(prompts, edit.layers, edit.condition, continuation)
         assert value == pytest.approx(one.kl, abs=KL32)
 
-    plan = plan_markers(model, MARKED, layers="2", tokens=7)
+    plan = Markers(layers="2", tokens=7).plan(model, MARKED)
     texts = mine.run_cell(plan, 3, (0, 3), ()).texts
     assert list(texts[0]) == reference.greedy(reference.ids(prompts["XY"]), 7)
     assert list(texts[3]) == reference.greedy(reference.ids(cell.task.text), 7)
@@ -239,30 +239,30 @@ def counted(model: Model, plan: Plan, cell: int) -> tuple[procedure.Counts, proc
 def test_forwards_are_as_stated(tiny: Tiny) -> None:
     """The published procedure, cell by cell; tokens and rows of logits are counted too."""
     model = tiny("llama")
-    long = plan_substitute(model, MARKED, layers="1,2,4", conditions="additive")
+    long = Substitute(layers="1,2,4", conditions="additive").plan(model, MARKED)
     ran, said = counted(model, long, 2)
     assert ran == said
     assert full_forwards(ran) == 1 + 4 * 3 + 2 * 9
     assert ran["step"].forwards == 11
 
-    ran, said = counted(model, plan_inject(model, MARKED, layers="2; 1,2"), 1)
+    ran, said = counted(model, Inject(layers="2; 1,2").plan(model, MARKED), 1)
     assert ran == said
     assert full_forwards(ran) == 1 + 4 + 2 * 5
     assert ran["step"].forwards == 9
 
-    ran, said = counted(model, plan_markers(model, MARKED, layers="2", tokens=7), 1)
+    ran, said = counted(model, Markers(layers="2", tokens=7).plan(model, MARKED), 1)
     assert ran == said
     assert full_forwards(ran) == 4 + 4
     assert ran["step"].forwards == 4 * 6
 
-    ran, said = counted(model, plan_capture(model, MARKED, layers="all"), 1)
+    ran, said = counted(model, Capture(layers="all").plan(model, MARKED), 1)
     assert ran == said
     assert full_forwards(ran) == 1 + 4 * 3
 
 
 def test_forwards_where_texts_end_early(tiny: Tiny) -> None:
     model = tiny("llama", eos_early=True)
-    plan = plan_substitute(model, TINY_GRID, layers="2", conditions="additive")
+    plan = Substitute(layers="2", conditions="additive").plan(model, TINY_GRID)
     short = 0
     for cell in range(len(plan.cells)):
         ran, said = counted(model, plan, cell)
@@ -290,7 +290,7 @@ def test_a_subset_varies_personas_tasks_and_sites(tiny: Tiny) -> None:
     assert {number // 30 for number in chosen} == {0, 1, 2}
     assert spread(4, 9, 2) == (0, 1, 2, 3)
     assert spread(0, 9, 2) == ()
-    plan = plan_inject(tiny("llama"), MARKED, layers="2; 1,2")
+    plan = Inject(layers="2; 1,2").plan(tiny("llama"), MARKED)
     assert subset_of(plan, cells=2, edits=1) == Subset((0, 3), (0, 1, 2, 3, 4))
 
 
@@ -343,7 +343,7 @@ def test_jobs_are_cut_as_the_backend_cuts_them(tiny: Tiny) -> None:
     model = tiny("llama")
     personas = {f"p{n}": f"person {n}" for n in range(10)}
     grid = Grid.from_dict({**TINY_GRID.to_dict(), "personas": personas})
-    plan = plan_substitute(model, grid, layers="2", conditions="additive")
+    plan = Substitute(layers="2", conditions="additive").plan(model, grid)
     assert len(job_bytes(model, plan)) == math.ceil(len(plan.cells) / 16) == 2
 
 
@@ -367,7 +367,7 @@ def test_a_random_model_has_the_shape_and_does_the_work() -> None:
     model = random_model("small", config, texts, device="cpu", dtype="float32")
     assert (model.attention, model.tree.vocab_size) == ("eager", 5000)
     assert model.tokenizer.decode([4999]) == "<4999>", "a generated token can be told from others"
-    plan = plan_substitute(model, MARKED, layers="2", conditions="additive")
+    plan = Substitute(layers="2", conditions="additive").plan(model, MARKED)
     assert max(len(prompt.ids) for prompt in plan.prompts) < 40, "about a token a word"
     mine = Procedure(model.lm._module, model.tokenizer)
     row = compare(model, ROWS["short"](model, GRIDS), shapes_of(model), mine, cells=1, edits=2)

@@ -18,9 +18,9 @@ from colours import luminance
 from made_runs import MAKERS, capture
 
 from persona_nnsight.analysis.columns import read_table
+from persona_nnsight.pages.figures.canvas import inline_svg
+from persona_nnsight.pages.figures.lines import EQUALS, Line, line_panel
 from persona_nnsight.report import write as writing
-from persona_nnsight.report.figures.canvas import inline_svg
-from persona_nnsight.report.figures.lines import EQUALS, Line, line_panel
 from persona_nnsight.report.write import write_report
 
 #: Put first into the page: notes errors, blocks and notes requests, measures what came out.

@@ -11,12 +11,12 @@ from colours import contrast
 from made_runs import a_grid, kl_rows, substitute
 
 from persona_nnsight.analysis.kl_tables import kl_summary
+from persona_nnsight.pages.figures import canvas
+from persona_nnsight.pages.figures.canvas import inline_svg
+from persona_nnsight.pages.figures.lines import EQUALS, Line, line_panel
+from persona_nnsight.pages.figures.substitute import cell_dots
 from persona_nnsight.prompts.grids import Grid
 from persona_nnsight.report import write as writing
-from persona_nnsight.report.figures import canvas
-from persona_nnsight.report.figures.canvas import inline_svg
-from persona_nnsight.report.figures.lines import EQUALS, Line, line_panel
-from persona_nnsight.report.figures.substitute import cell_dots
 from persona_nnsight.report.write import write_report
 
 

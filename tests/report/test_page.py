@@ -22,7 +22,7 @@ from made_runs import (
     write_run,
 )
 
-from persona_nnsight.report.generations import highlight
+from persona_nnsight.pages.generations import highlight
 from persona_nnsight.report.write import write_report
 
 FINDING = "At p_last the additive vector is < its controls & so on."
@@ -110,16 +110,14 @@ def test_overlapping_markers_share_a_mark() -> None:
 def test_findings_are_shown_as_text(
     tmp_path: Path, runs: dict[str, Path], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    asked = {}
-
-    def findings(command: str, tables: Mapping[str, pd.DataFrame]) -> list[str]:
-        asked[command] = set(tables)
+    def findings(tables: Mapping[str, pd.DataFrame]) -> list[str]:
         return [FINDING]
 
-    monkeypatch.setattr("persona_nnsight.analysis.findings.findings", findings)
+    for name in ("Inject", "Capture"):
+        place = f"persona_nnsight.experiments.{name.lower()}.{name}.findings"
+        monkeypatch.setattr(place, findings)
     page = write_report([runs["inject"], runs["capture"]], tmp_path).read_text("utf-8")
     assert page.count("<li>At p_last the additive vector is &lt; its controls &amp; so on.") == 2
-    assert asked == {"inject": {"summary", "contrasts"}, "capture": {"geometry"}}
 
 
 def test_an_interrupted_run_says_so_loudly(tmp_path: Path) -> None:

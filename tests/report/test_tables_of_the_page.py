@@ -14,7 +14,7 @@ import pytest
 from made_runs import a_grid, inject, kl_rows, manifest, reproduce, write_run
 
 from persona_nnsight.analysis.columns import read_table
-from persona_nnsight.report import numbers
+from persona_nnsight.pages import numbers
 from persona_nnsight.report.write import write_report
 
 

@@ -12,6 +12,7 @@ import pytest
 from cells import TINY_GRID
 from commands import Persona
 from rounding import KL32, assert_same_table
+from studies import study_of
 from tiny import Tiny
 
 from persona_nnsight import Grid, Model, PersonaError, inject, read_table, substitute
@@ -25,7 +26,7 @@ from persona_nnsight.reproduction.protocol import (
     has_paper_stimuli,
     layer_sets,
     parse_targets,
-    plan_study,
+    plan_table,
     reference_layers,
 )
 from persona_nnsight.reproduction.published import PAPER_MODELS, REFERENCE_MODEL, published
@@ -68,8 +69,8 @@ def test_layers_are_the_papers_own_on_its_models(tiny: Tiny) -> None:
     }
     for model_id, (n_layers, table1, table2) in expected.items():
         model = on_paper_model(tiny("llama"), model_id, n_layers)
-        assert list(plan_study("table1", model, TINY_GRID, LONG).plan.layers) == table1
-        assert list(plan_study("table2", model, TINY_GRID, LONG).plan.layers) == table2
+        assert list(plan_table("table1", model, TINY_GRID, LONG).plan.layers) == table1
+        assert list(plan_table("table2", model, TINY_GRID, LONG).plan.layers) == table2
         for table, layers in (("table1", table1), ("table2", table2)):
             theirs = published(table, model_id)
             if len(theirs):
@@ -101,10 +102,10 @@ def test_layers_on_another_model() -> None:
 
 def test_the_protocol(tiny: Tiny) -> None:
     model = tiny("llama")
-    studies = {table: plan_study(table, model, TINY_GRID, LONG) for table in TABLES}
+    studies = {table: plan_table(table, model, TINY_GRID, LONG) for table in TABLES}
     assert studies["table1"].plan.positions == ("p_user_last", "p_last", "g1", "g2")
     assert studies["table2"].plan.positions == ("p_last", "g1", "g2")
-    assert {study.plan.window for study in studies.values() if study.table != "table3"} == {10}
+    assert {study.plan.window for study in studies.values() if study.name != "table3"} == {10}
     assert len(studies["table2"].plan.cells) == 9
     for table in ("table3", "table4"):  # the review tasks alone
         assert [cell.task for cell in studies[table].plan.cells] == ["arch", "plan"] * 3
@@ -132,7 +133,9 @@ def test_tables_are_those_of_the_commands(tiny: Tiny, made: Reproduction) -> Non
     )
     table1 = made.studies["table1"]
     assert_same_table(
-        made.results["table1"].frame(), execute(model, table1.grid, table1.plan).frame(), KL32
+        made.results["table1"].frame(),
+        execute(model, study_of(table1.grid, table1.plan)).frame(),
+        KL32,
     )
 
 
@@ -202,9 +205,9 @@ def test_the_papers_long_grid_needs_no_tags(monkeypatch: pytest.MonkeyPatch, tin
     data["tasks"] = {"arch": "one.", "plan": "two.", "proposal": "three.", "haiku": "four."}
     untagged = Grid.from_dict(data)
     with pytest.raises(PersonaError, match="tagged 'review'"):
-        plan_study("table4", tiny("llama"), TINY_GRID, untagged)
+        plan_table("table4", tiny("llama"), TINY_GRID, untagged)
     monkeypatch.setitem(protocol._STIMULI, "table2", protocol._digest(untagged))
-    study = plan_study("table4", tiny("llama"), TINY_GRID, untagged)
+    study = plan_table("table4", tiny("llama"), TINY_GRID, untagged)
     assert study.grid.task_keys == ("arch", "plan", "proposal")
 
 
@@ -243,7 +246,7 @@ def test_interrupting(tiny: Tiny) -> None:
 
     seen: list[tuple[int, int]] = []
     model = tiny("llama")
-    first = plan_study("table1", model, TINY_GRID, LONG).plan.n_results - 6
+    first = plan_table("table1", model, TINY_GRID, LONG).plan.n_results - 6
     with pytest.raises(ReproductionInterrupted) as stopped:
         reproduce(model, short=TINY_GRID, long=LONG, only="figure1,table4", progress=stop)
     kept = stopped.value.reproduction

@@ -34,7 +34,7 @@ from rich.console import Console
 from rooms import MAY_IMPORT
 
 from persona_nnsight.analysis.columns import COLUMNS, read_table
-from persona_nnsight.analysis.findings import findings
+from persona_nnsight.experiments.registry import experiment_named
 
 PROJECT = Path(__file__).parents[2]
 
@@ -382,7 +382,7 @@ def injection() -> str:
 def norm() -> str:
     """What the layer's input norm does to the interaction, on the short grid of the example."""
     table = read_table(EXAMPLE_RUN / "table1" / "geometry.csv")
-    sentences = findings("capture", {"geometry": table})
+    sentences = experiment_named("capture").findings({"geometry": table})
     return paragraphs("In the example run, on the short grid: " + " ".join(sentences))
 
 
@@ -395,7 +395,7 @@ def reproduction() -> str:
         console.print(reproduce.show_table(name, read_table(EXAMPLE_RUN / f"{name}.csv")))
         run = EXAMPLE_RUN / name
         tables = {kind: read_table(run / f"{kind}.csv") for kind in ("summary", "contrasts")}
-        for sentence in findings(command, tables):
+        for sentence in experiment_named(command).findings(tables):
             console.print(f"\n{sentence}", highlight=False)
         console.print()
     lines = [line.rstrip() for line in text.getvalue().rstrip().splitlines()]

@@ -13,13 +13,17 @@ MAY_IMPORT: dict[str, set[str]] = {
     "storage": {"errors", "prompts", "models", "plan"},
     "analysis": {"method", "prompts", "plan"},
     "backends": {"errors", "models", "plan", "engine", "storage"},
-    "report": {"errors", "method", "prompts", "storage", "analysis"},
+    "pages": {"method", "prompts", "analysis"},
     "experiments": {
         *("errors", "method", "prompts", "models", "plan", "engine"),
-        *("storage", "analysis", "backends"),
+        *("storage", "analysis", "backends", "pages"),
     },
     "reproduction": {
         *("errors", "method", "prompts", "models", "plan"),
-        *("storage", "analysis", "backends", "experiments"),
+        *("storage", "analysis", "backends", "pages", "experiments"),
+    },
+    "report": {
+        *("errors", "method", "prompts"),
+        *("storage", "analysis", "pages", "experiments", "reproduction"),
     },
 }

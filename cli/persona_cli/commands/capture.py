@@ -2,9 +2,8 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Annotated
+from typing import TYPE_CHECKING
 
-import typer
 from rich.console import RenderableType
 from rich.table import Table
 
@@ -12,10 +11,10 @@ from persona_cli import options as o
 from persona_cli.console import titled
 from persona_cli.numbers import fixed
 from persona_cli.running import run_experiment
-from persona_nnsight.method.sites import DEFAULT_LAYERS, DEFAULT_POSITIONS
+from persona_nnsight.experiments.capture import Capture
 
 if TYPE_CHECKING:
-    from persona_nnsight.experiments.results import Result
+    from persona_nnsight.experiments.results import CaptureResult
 
 
 _RATIOS = {
@@ -30,15 +29,7 @@ def capture(
     *,
     model: o.ModelOptions,
     cells: o.CellOptions,
-    layers: o.Layers = DEFAULT_LAYERS,
-    positions: o.Positions = DEFAULT_POSITIONS,
-    window: Annotated[
-        int,
-        typer.Option(
-            help="How many tokens of XY's continuation to keep beyond the last position.",
-            rich_help_panel="Sites and measure",
-        ),
-    ] = 10,
+    experiment: Capture,
     where: o.BackendOptions,
     run: o.RunOptions,
 ) -> None:
@@ -54,26 +45,11 @@ def capture(
 
     Example: persona capture --grid short --layers all --positions p_last,g1
     """
-    from persona_nnsight.experiments.capture import plan_capture
-
     grid = cells.choose()
-    run_experiment(
-        grid=grid,
-        model=model,
-        where=where,
-        run=run,
-        make_plan=lambda skeleton: plan_capture(
-            skeleton,
-            grid,
-            layers=layers,
-            positions=positions,
-            window=window,
-        ),
-        show=_table,
-    )
+    run_experiment(experiment, grid=grid, model=model, where=where, run=run, show=_table)
 
 
-def _table(result: Result) -> RenderableType:
+def _table(result: CaptureResult) -> RenderableType:
     table = Table(box=None, pad_edge=False)
     table.add_column("position")
     summary = result.summary()

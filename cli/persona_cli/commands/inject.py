@@ -2,9 +2,8 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Annotated
+from typing import TYPE_CHECKING
 
-import typer
 from rich.console import RenderableType
 from rich.table import Table
 
@@ -12,25 +11,17 @@ from persona_cli import options as o
 from persona_cli.console import titled
 from persona_cli.numbers import fixed, percent, span
 from persona_cli.running import run_experiment
-from persona_nnsight.method.sites import DEFAULT_LAYERS
+from persona_nnsight.experiments.inject import Inject
 
 if TYPE_CHECKING:
-    from persona_nnsight.experiments.results import Result
+    from persona_nnsight.experiments.results import EditResult
 
 
 def inject(
     *,
     model: o.ModelOptions,
     cells: o.CellOptions,
-    layers: o.LayerSets = DEFAULT_LAYERS,
-    each: Annotated[
-        bool,
-        typer.Option(
-            "--each", help="Also write every layer alone.", rich_help_panel="Sites and measure"
-        ),
-    ] = False,
-    window: o.Window = 10,
-    generate: o.Generate = 0,
+    experiment: Inject,
     where: o.BackendOptions,
     run: o.RunOptions,
 ) -> None:
@@ -48,27 +39,11 @@ def inject(
 
     Example: persona inject --grid long --layers '14; 10-18:2'
     """
-    from persona_nnsight.experiments.inject import plan_inject
-
     grid = cells.choose()
-    run_experiment(
-        grid=grid,
-        model=model,
-        where=where,
-        run=run,
-        make_plan=lambda skeleton: plan_inject(
-            skeleton,
-            grid,
-            layers=layers,
-            each=each,
-            window=window,
-            generate=generate,
-        ),
-        show=_table,
-    )
+    run_experiment(experiment, grid=grid, model=model, where=where, run=run, show=_table)
 
 
-def _table(result: Result) -> RenderableType:
+def _table(result: EditResult) -> RenderableType:
     table = Table(box=None, pad_edge=False)
     table.add_column("written")
     table.add_column("layers")

@@ -2,9 +2,8 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Annotated
+from typing import TYPE_CHECKING
 
-import typer
 from rich.console import RenderableType
 from rich.table import Table
 
@@ -12,21 +11,17 @@ from persona_cli import options as o
 from persona_cli.console import titled
 from persona_cli.numbers import span
 from persona_cli.running import run_experiment
-from persona_nnsight.method.sites import EDITED_DEPTH
+from persona_nnsight.experiments.markers import Markers
 
 if TYPE_CHECKING:
-    from persona_nnsight.experiments.results import Result
+    from persona_nnsight.experiments.results import MarkersResult
 
 
 def markers(
     *,
     model: o.ModelOptions,
     cells: o.LongCellOptions,
-    layers: o.Layers = EDITED_DEPTH,
-    tokens: Annotated[
-        int,
-        typer.Option(help="Length of a text, in tokens.", rich_help_panel="Sites and measure"),
-    ] = 80,
+    experiment: Markers,
     where: o.BackendOptions,
     run: o.RunOptions,
 ) -> None:
@@ -42,20 +37,11 @@ def markers(
 
     Example: persona markers --grid long --tasks arch --tokens 40
     """
-    from persona_nnsight.experiments.markers import plan_markers
-
     grid = cells.choose(default="long")
-    run_experiment(
-        grid=grid,
-        model=model,
-        where=where,
-        run=run,
-        make_plan=lambda skeleton: plan_markers(skeleton, grid, layers=layers, tokens=tokens),
-        show=_table,
-    )
+    run_experiment(experiment, grid=grid, model=model, where=where, run=run, show=_table)
 
 
-def _table(result: Result) -> RenderableType:
+def _table(result: MarkersResult) -> RenderableType:
     table = Table(box=None, pad_edge=False)
     table.add_column("text under")
     table.add_column("layer")

@@ -5,7 +5,6 @@ from __future__ import annotations
 import json
 import math
 from collections.abc import Mapping
-from contextlib import ExitStack, closing
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -16,13 +15,11 @@ from rich.table import Table
 from persona_cli import options as o
 from persona_cli.console import note_step, notes, output
 from persona_cli.numbers import percent, span
-from persona_cli.pending import is_pending, note_pending
-from persona_cli.progress import progress_bar
 from persona_cli.running import (
     as_records,
+    carried_out,
     cost_summary,
     note_interruption,
-    note_nothing_finished,
     prepare,
     show_costs,
     show_files,
@@ -35,7 +32,7 @@ if TYPE_CHECKING:
 
     from persona_nnsight.models.loading import Model
     from persona_nnsight.prompts.grids import Grid
-    from persona_nnsight.reproduction.protocol import Study
+    from persona_nnsight.reproduction.protocol import PaperTable
     from persona_nnsight.reproduction.reproduce import Reproduction
 
 TITLES = {
@@ -89,7 +86,6 @@ def reproduce(
 
     Example: persona reproduce --only table1,figure1
     """
-    from persona_nnsight.backends.interface import Detached
     from persona_nnsight.report.write import write_report
     from persona_nnsight.reproduction.reproduce import (
         ReproductionInterrupted,
@@ -101,19 +97,19 @@ def reproduce(
 
     short, long = _grids(grids or [])
 
-    def show_plan(skeleton: Model, studies: list[Study]) -> None:
-        passes = in_passes(studies)
+    def show_plan(skeleton: Model, tables: list[PaperTable]) -> None:
+        passes = in_passes(tables)
         if run.as_json and run.dry_run:
             costs = [
                 cost_summary(skeleton, joint_plan(found), found[0].grid, model, where)
                 for found in passes
             ]
-            tables = [[study.table for study in found] for found in passes]
-            data = [{"tables": t, **cost} for t, cost in zip(tables, costs, strict=True)]
+            names = [[table.name for table in found] for found in passes]
+            data = [{"tables": t, **cost} for t, cost in zip(names, costs, strict=True)]
             print(json.dumps({"command": "reproduce", "passes": data}, indent=1))
             return
         for found in passes:
-            title = "; ".join(TITLES[study.table] for study in found)
+            title = "; ".join(TITLES[table.name] for table in found)
             (output() if run.dry_run else notes).print(title, style="italic")
             show_costs(skeleton, found[0].grid, joint_plan(found), model, where, run)
 
@@ -121,29 +117,24 @@ def reproduce(
         model,
         where,
         run,
-        make_plan=lambda skeleton: plan_reproduction(skeleton, short, long, only),
-        studies=lambda studies: [(study.grid, study.plan) for study in studies],
+        plan=lambda skeleton: plan_reproduction(skeleton, short, long, only),
         show_plan=show_plan,
-        name=lambda _: "reproduce-{model}",
+        name="reproduce-{model}",
     )
     if ready is None:
         return
-    interrupted = False
-    with ExitStack() as held:
-        try:
-            with progress_bar("reproduce") as (progress, say):
-                backend = held.enter_context(closing(ready.backend(say)))
-                made = carry_out(ready.model, ready.plan, progress, backend)
-        except Detached:
-            note_pending(ready.out, as_json=run.as_json)
-        except ReproductionInterrupted as stopped:
-            held.close()
-            if is_pending(ready.out):
-                note_pending(ready.out, as_json=run.as_json, interrupted=True)
-            interrupted, made = True, stopped.reproduction
-            if not made.results:
-                note_nothing_finished()
-        made.save(ready.out, finishes=True)
+    made, interrupted = carried_out(
+        ready,
+        run,
+        "reproduce",
+        work=lambda progress, backend: carry_out(ready.model, ready.studies, progress, backend),
+        left=lambda stopped: (
+            stopped.reproduction
+            if isinstance(stopped, ReproductionInterrupted) and stopped.reproduction.results
+            else None
+        ),
+        save=lambda made: made.save(ready.out, finishes=True),
+    )
     note_step("Drawing the figures")
     write_report([ready.out])
     if run.as_json:

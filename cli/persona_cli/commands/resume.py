@@ -11,13 +11,14 @@ import typer
 
 from persona_cli.console import notes
 from persona_nnsight.errors import PersonaError
+from persona_nnsight.experiments.registry import NAMES
 from persona_nnsight.storage.run_directory import RUN, clear_journal
 
 #: What only the user can say, and not a directory that may be somebody else's.
 TRUST = "--trust-remote-code"
 
 #: Commands whose runs can be gone on with; a directory can have no other run again.
-EXPERIMENTS = ("capture", "substitute", "inject", "markers", "steer", "reproduce")
+EXPERIMENTS = (*NAMES, "reproduce")
 
 
 def resume(

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
@@ -14,60 +15,27 @@ from persona_cli.console import titled
 from persona_cli.numbers import fixed, percent, span
 from persona_cli.running import run_experiment
 from persona_nnsight.errors import PersonaError
-from persona_nnsight.method.sites import EDITED_DEPTH
+from persona_nnsight.experiments.arguments import STEERING
+from persona_nnsight.experiments.steer import Steer
 
 if TYPE_CHECKING:
-    from persona_nnsight.experiments.results import Result
-
-_STEERING = "Steering"
+    from persona_nnsight.experiments.results import EditResult
 
 
 def steer(
     *,
     model: o.ModelOptions,
     cells: o.CellOptions,
-    layers: o.Layers = EDITED_DEPTH,
-    positions: o.Positions = "p_last",
-    window: o.Window = 10,
-    alpha: Annotated[
-        str,
-        typer.Option(
-            metavar="FACTORS",
-            help="Factors of Δ_X: 1, 0,0.5,2, or 0:2:0.5 (from, to, step).",
-            rich_help_panel=_STEERING,
-        ),
-    ] = "0:2:0.5",
-    beta: Annotated[
-        str,
-        typer.Option(metavar="FACTORS", help="Factors of Δ_Y.", rich_help_panel=_STEERING),
-    ] = "1",
-    host: Annotated[
-        str,
-        typer.Option(
-            metavar="xy|by",
-            help="What is run: the prompt with its persona, or the one without.",
-            rich_help_panel=_STEERING,
-        ),
-    ] = "xy",
-    vectors: Annotated[
-        Path | None,
-        typer.Option(
-            metavar="FILE",
-            help="Take Δ_X from saved vectors instead of measuring it.",
-            show_default=False,
-            rich_help_panel=_STEERING,
-        ),
-    ] = None,
+    experiment: Steer,
     save_vectors: Annotated[
         Path | None,
         typer.Option(
             metavar="FILE",
             help="Save Δ_X and Δ_Y of this run (.safetensors); see `persona vectors`.",
             show_default=False,
-            rich_help_panel=_STEERING,
+            rich_help_panel=STEERING,
         ),
     ] = None,
-    generate: o.Generate = 0,
     where: o.BackendOptions,
     run: o.RunOptions,
 ) -> None:
@@ -89,17 +57,17 @@ def steer(
 
     Example: persona steer --alpha 0:3:0.5 --layers 16 --generate 30 --save-vectors v.safetensors
     """
-    from persona_nnsight.experiments.capture import plan_capture
-    from persona_nnsight.experiments.steer import plan_steer
+    from persona_nnsight.experiments.capture import Capture
     from persona_nnsight.method.sites import parse_positions
     from persona_nnsight.storage.files import check_new
     from persona_nnsight.storage.vectors import PROMPT_POSITIONS, Vectors
 
-    if vectors is not None and save_vectors is not None:
+    if experiment.vectors is not None and save_vectors is not None:
         raise PersonaError("--vectors and --save-vectors together would copy a file; use one.")
     grid = cells.choose()
-    given = None if vectors is None else Vectors.load(vectors)
-    keep = [name for name in parse_positions(positions) if name in PROMPT_POSITIONS]
+    if isinstance(experiment.vectors, Path):  # refused before a model is loaded
+        experiment = replace(experiment, vectors=Vectors.load(experiment.vectors))
+    keep = [name for name in parse_positions(experiment.positions) if name in PROMPT_POSITIONS]
     if save_vectors is not None and where.resume is None:
         check_new(save_vectors)
         if not keep:
@@ -107,43 +75,21 @@ def steer(
                 f"--save-vectors needs {' or '.join(PROMPT_POSITIONS)} among --positions; at "
                 "generated tokens the effects belong to one continuation."
             )
+    captured = Capture(layers=experiment.layers, positions=keep, window=1)
     run_experiment(
+        experiment,
         grid=grid,
         model=model,
         where=where,
         run=run,
-        make_plan=lambda skeleton: plan_steer(
-            skeleton,
-            grid,
-            layers=layers,
-            positions=positions,
-            alpha=alpha,
-            beta=beta,
-            host=host,
-            vectors=given,
-            window=window,
-            generate=generate,
-        ),
         show=_table,
-        plan_beside=None
+        beside=None
         if save_vectors is None
-        else lambda skeleton: plan_capture(skeleton, grid, layers=layers, positions=keep, window=1),
-        save_beside=lambda captured: _save_vectors(captured, save_vectors),
+        else (captured, lambda result: result.vectors().save(save_vectors)),
     )
 
 
-def _save_vectors(captured: Result, path: Path | None) -> Path:
-    from persona_nnsight.experiments.results import CaptureResult
-
-    assert isinstance(captured, CaptureResult)
-    assert path is not None
-    return captured.vectors().save(path)
-
-
-def _table(result: Result) -> RenderableType:
-    from persona_nnsight.experiments.results import EditResult
-
-    assert isinstance(result, EditResult)
+def _table(result: EditResult) -> RenderableType:
     summary = result.summary()
     share = "gap_closed" if "gap_closed" in summary else "recovered"
     markers = result.marker_summary()

@@ -4,9 +4,8 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import TYPE_CHECKING, Any
 
-import typer
 from rich.console import RenderableType
 from rich.table import Table
 
@@ -14,34 +13,17 @@ from persona_cli import options as o
 from persona_cli.console import titled
 from persona_cli.numbers import fixed, percent, span
 from persona_cli.running import run_experiment
-from persona_nnsight.method.conditions import SUBSTITUTE_CONDITIONS
-from persona_nnsight.method.sites import DEFAULT_LAYERS, DEFAULT_POSITIONS
+from persona_nnsight.experiments.substitute import Substitute
 
 if TYPE_CHECKING:
-    from persona_nnsight.experiments.results import Result
+    from persona_nnsight.experiments.results import EditResult
 
 
 def substitute(
     *,
     model: o.ModelOptions,
     cells: o.CellOptions,
-    layers: o.Layers = DEFAULT_LAYERS,
-    positions: o.Positions = DEFAULT_POSITIONS,
-    conditions: Annotated[
-        str | None,
-        typer.Option(
-            metavar="NAMES",
-            help=f"What to write, with commas between: {', '.join(SUBSTITUTE_CONDITIONS)}.",
-            show_default="all",
-            rich_help_panel="Sites and measure",
-        ),
-    ] = None,
-    window: o.Window = 10,
-    seed: Annotated[
-        int,
-        typer.Option(help="Seed of the random control.", rich_help_panel="Sites and measure"),
-    ] = 0,
-    generate: o.Generate = 0,
+    experiment: Substitute,
     where: o.BackendOptions,
     run: o.RunOptions,
 ) -> None:
@@ -59,29 +41,11 @@ def substitute(
 
     Example: persona substitute --grid short --layers 25%,55% --conditions additive,bb,by
     """
-    from persona_nnsight.experiments.substitute import plan_substitute
-
     grid = cells.choose()
-    run_experiment(
-        grid=grid,
-        model=model,
-        where=where,
-        run=run,
-        make_plan=lambda skeleton: plan_substitute(
-            skeleton,
-            grid,
-            layers=layers,
-            positions=positions,
-            conditions=conditions,
-            window=window,
-            generate=generate,
-            seed=seed,
-        ),
-        show=_table,
-    )
+    run_experiment(experiment, grid=grid, model=model, where=where, run=run, show=_table)
 
 
-def _table(result: Result) -> RenderableType:
+def _table(result: EditResult) -> RenderableType:
     """Conditions against layers, a block per position: median KL, and what of it is recovered."""
     summary = result.summary()
     layers = list(dict.fromkeys(summary["layers"]))

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any
 
 from persona_nnsight.analysis.columns import COLUMN, records
 from persona_nnsight.analysis.geometry_tables import RATIOS
-from persona_nnsight.report.blocks import (
+from persona_nnsight.pages.blocks import (
     Cell,
     Table,
     from_column,
@@ -16,8 +16,8 @@ from persona_nnsight.report.blocks import (
     number_cell,
     word,
 )
-from persona_nnsight.report.figures.table_values import Records, distinct
-from persona_nnsight.report.numbers import FORMATS, Format, count, kl, share
+from persona_nnsight.pages.figures.table_values import Records, distinct
+from persona_nnsight.pages.numbers import FORMATS, Format, count, kl, share
 
 if TYPE_CHECKING:
     import pandas as pd

@@ -7,9 +7,9 @@ from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
 from persona_nnsight.analysis.columns import records
-from persona_nnsight.report.figures.canvas import Figure
-from persona_nnsight.report.figures.lines import EQUALS, Line, line_panel, spread
-from persona_nnsight.report.figures.table_values import Records, distinct
+from persona_nnsight.pages.figures.canvas import Figure
+from persona_nnsight.pages.figures.lines import EQUALS, Line, line_panel, spread
+from persona_nnsight.pages.figures.table_values import Records, distinct
 
 if TYPE_CHECKING:
     import pandas as pd

@@ -9,9 +9,9 @@ from typing import Any
 from markupsafe import Markup
 
 from persona_nnsight.method.marker_words import distinct_markers, find_markers
-from persona_nnsight.report.blocks import Generations, Passage, Passages
-from persona_nnsight.report.numbers import plain
-from persona_nnsight.report.reading import Run
+from persona_nnsight.pages.blocks import Generations, Passage, Passages
+from persona_nnsight.pages.numbers import plain
+from persona_nnsight.pages.stored_run import Run
 
 
 def generations(run: Run) -> list[Generations]:

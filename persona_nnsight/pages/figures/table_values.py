@@ -6,7 +6,7 @@ import math
 from collections.abc import Iterable, Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
-from persona_nnsight.report.figures.lines import (
+from persona_nnsight.pages.figures.lines import (
     CONTROLS,
     spread,
 )

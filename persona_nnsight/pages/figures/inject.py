@@ -7,9 +7,9 @@ from typing import TYPE_CHECKING, Any
 
 from persona_nnsight.analysis.columns import records
 from persona_nnsight.method.conditions import HOST
-from persona_nnsight.report.figures.canvas import Figure
-from persona_nnsight.report.figures.rows import Row, row_panel
-from persona_nnsight.report.figures.table_values import KL_LABEL, distinct, edit_name, finite
+from persona_nnsight.pages.figures.canvas import Figure
+from persona_nnsight.pages.figures.rows import Row, row_panel
+from persona_nnsight.pages.figures.table_values import KL_LABEL, distinct, edit_name, finite
 
 if TYPE_CHECKING:
     from collections.abc import Mapping

@@ -6,9 +6,9 @@ import math
 from typing import TYPE_CHECKING
 
 from persona_nnsight.analysis.columns import records
-from persona_nnsight.report.figures.canvas import Figure
-from persona_nnsight.report.figures.rows import Row, row_panel
-from persona_nnsight.report.figures.table_values import edit_name
+from persona_nnsight.pages.figures.canvas import Figure
+from persona_nnsight.pages.figures.rows import Row, row_panel
+from persona_nnsight.pages.figures.table_values import edit_name
 
 if TYPE_CHECKING:
     import pandas as pd

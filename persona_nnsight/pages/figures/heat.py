@@ -6,7 +6,7 @@ import math
 from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING
 
-from persona_nnsight.report.figures.canvas import (
+from persona_nnsight.pages.figures.canvas import (
     BLUE,
     INK,
     ORANGE,
@@ -16,8 +16,8 @@ from persona_nnsight.report.figures.canvas import (
     Panel,
     text_width,
 )
-from persona_nnsight.report.figures.lines import KL_LINEAR
-from persona_nnsight.report.numbers import fixed, short_kl
+from persona_nnsight.pages.figures.lines import KL_LINEAR
+from persona_nnsight.pages.numbers import fixed, short_kl
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes

@@ -10,11 +10,10 @@ from persona_nnsight.analysis.geometry_tables import RATIOS
 from persona_nnsight.method.conditions import (
     HOST,
     INJECT_CONDITIONS,
-    MARKER_CONDITIONS,
     STEER,
     SUBSTITUTE_CONDITIONS,
 )
-from persona_nnsight.report.blocks import (
+from persona_nnsight.pages.blocks import (
     Cell,
     Table,
     from_column,
@@ -22,7 +21,7 @@ from persona_nnsight.report.blocks import (
     number_cell,
     word,
 )
-from persona_nnsight.report.numbers import FORMATS, count, fixed
+from persona_nnsight.pages.numbers import FORMATS, count, fixed
 
 if TYPE_CHECKING:
     import pandas as pd
@@ -131,9 +130,9 @@ def geometry_table(geometry: pd.DataFrame) -> Table:
     )
 
 
-def meaning_table(conditions: Sequence[str], command: str) -> Table | None:
+def meaning_table(conditions: Sequence[str], meanings: Mapping[str, str]) -> Table | None:
     """What each condition writes; None where nothing is known about any of them."""
-    meanings = {**_MEANINGS, **(MARKER_CONDITIONS if command == "markers" else {})}
+    meanings = {**_MEANINGS, **meanings}
     rows = [[Cell(name), Cell(meanings[name])] for name in conditions if name in meanings]
     if not rows:
         return None

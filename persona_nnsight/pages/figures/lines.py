@@ -7,7 +7,7 @@ from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
-from persona_nnsight.report.figures.canvas import (
+from persona_nnsight.pages.figures.canvas import (
     BLUE,
     GREEN,
     INK,
@@ -19,7 +19,7 @@ from persona_nnsight.report.figures.canvas import (
     Panel,
     text_width,
 )
-from persona_nnsight.report.numbers import share
+from persona_nnsight.pages.numbers import share
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes

@@ -12,8 +12,8 @@ from typing import Any
 
 from markupsafe import Markup
 
-from persona_nnsight.report.figures.canvas import Figure
-from persona_nnsight.report.numbers import MISSING, Format
+from persona_nnsight.pages.figures.canvas import Figure
+from persona_nnsight.pages.numbers import MISSING, Format
 
 
 @dataclass(frozen=True)
@@ -117,12 +117,12 @@ class Facts:
     kind: str = field(default="facts", init=False)
 
 
-Block = Table | Picture | Generations | Facts
+Block = Table | Figure | Picture | Generations | Facts
 
 
 @dataclass(frozen=True)
 class Section:
-    """A heading with blocks below it."""
+    """A heading with blocks below it; a `Figure` among them is drawn when it is placed."""
 
     id: str
     title: str

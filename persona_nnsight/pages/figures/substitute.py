@@ -8,9 +8,9 @@ from statistics import median
 from typing import TYPE_CHECKING, Any
 
 from persona_nnsight.analysis.columns import records
-from persona_nnsight.report.figures.canvas import Figure, Panel
-from persona_nnsight.report.figures.heat import columns_beside, heat_panel
-from persona_nnsight.report.figures.lines import (
+from persona_nnsight.pages.figures.canvas import Figure, Panel
+from persona_nnsight.pages.figures.heat import columns_beside, heat_panel
+from persona_nnsight.pages.figures.lines import (
     ADDITIVE,
     CONTROLS,
     EQUALS,
@@ -19,8 +19,8 @@ from persona_nnsight.report.figures.lines import (
     spread,
     top_of,
 )
-from persona_nnsight.report.figures.rows import Row, row_panel
-from persona_nnsight.report.figures.table_values import (
+from persona_nnsight.pages.figures.rows import Row, row_panel
+from persona_nnsight.pages.figures.table_values import (
     KL_LABEL,
     Records,
     distinct,

@@ -7,10 +7,10 @@ from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any
 
 from persona_nnsight.analysis.columns import records
-from persona_nnsight.report.figures.canvas import Figure, Panel
-from persona_nnsight.report.figures.lines import EQUALS, Line, line_panel, spread, top_of
-from persona_nnsight.report.figures.table_values import KL_LABEL, Records, distinct
-from persona_nnsight.report.numbers import plain
+from persona_nnsight.pages.figures.canvas import Figure, Panel
+from persona_nnsight.pages.figures.lines import EQUALS, Line, line_panel, spread, top_of
+from persona_nnsight.pages.figures.table_values import KL_LABEL, Records, distinct
+from persona_nnsight.pages.numbers import plain
 
 if TYPE_CHECKING:
     import pandas as pd

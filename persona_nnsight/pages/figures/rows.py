@@ -7,7 +7,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
-from persona_nnsight.report.figures.canvas import (
+from persona_nnsight.pages.figures.canvas import (
     BLUE,
     INK,
     MUTED,
@@ -16,8 +16,8 @@ from persona_nnsight.report.figures.canvas import (
     Panel,
     text_width,
 )
-from persona_nnsight.report.figures.lines import KL_GUIDE, scale_kl
-from persona_nnsight.report.numbers import share, short_kl
+from persona_nnsight.pages.figures.lines import KL_GUIDE, scale_kl
+from persona_nnsight.pages.numbers import share, short_kl
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
