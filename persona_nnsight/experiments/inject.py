@@ -12,6 +12,7 @@ from persona_nnsight.method.conditions import HOST, INJECT_CONDITIONS
 from persona_nnsight.method.sites import DEFAULT_LAYERS, parse_layer_sets
 from persona_nnsight.models.loading import Model
 from persona_nnsight.plan.building import build_plan
+from persona_nnsight.plan.interventions import Unedited, Write
 from persona_nnsight.plan.plan import Edit, Plan
 from persona_nnsight.prompts.grids import Grid
 
@@ -32,9 +33,9 @@ def plan_inject(
         sets += [(layer,) for layer in every if (layer,) not in sets]
     sites = sites_of(model, every, "p_last")
     into_host: dict[str, Any] = {"host": "BY", "generate": generate}
-    edits = [Edit(HOST, ("p_last",), (), **into_host)]
+    edits = [Edit(Unedited(HOST, ("p_last",)), **into_host)]
     edits += [
-        Edit(condition, ("p_last",), chosen, **into_host)
+        Edit(Write(condition, ("p_last",), chosen), **into_host)
         for condition in INJECT_CONDITIONS
         for chosen in sets
     ]

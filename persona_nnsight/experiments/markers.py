@@ -11,6 +11,7 @@ from persona_nnsight.method.conditions import BARE, TASK_KEY
 from persona_nnsight.method.sites import EDITED_DEPTH
 from persona_nnsight.models.loading import Model
 from persona_nnsight.plan.building import build_plan
+from persona_nnsight.plan.interventions import Unedited, Write
 from persona_nnsight.plan.plan import Edit, Plan
 from persona_nnsight.prompts.grids import Grid
 
@@ -32,11 +33,12 @@ def plan_markers(
     sites = sites_of(model, layers, "p_last")
     edits = [clean_text(tokens)]
     edits += [
-        Edit(condition, ("p_last",), (layer,), scored=False, generate=tokens)
+        Edit(Write(condition, ("p_last",), (layer,)), scored=False, generate=tokens)
         for condition in ("additive", "remove_x")
         for layer in sites["layers"]
     ]
-    edits.append(Edit(BARE, ("p_last",), (), host=TASK_KEY, scored=False, generate=tokens))
+    bare = Unedited(BARE, ("p_last",))
+    edits.append(Edit(bare, host=TASK_KEY, scored=False, generate=tokens))
     # No KL is taken, so the shortest clean continuation will do.
     plan = build_plan("markers", model.tokenizer, grid, window=1, edits=edits, **sites)
     return checked(plan, model, text_option="--tokens")

@@ -16,6 +16,7 @@ from persona_nnsight.method.conditions import HOST, STEER
 from persona_nnsight.method.sites import EDITED_DEPTH
 from persona_nnsight.models.loading import Model
 from persona_nnsight.plan.building import build_plan
+from persona_nnsight.plan.interventions import Unedited, Write
 from persona_nnsight.plan.plan import Edit, Plan
 from persona_nnsight.prompts.grids import Grid
 from persona_nnsight.storage.vectors import Vectors
@@ -108,13 +109,13 @@ def plan_steer(
         )
         given = vectors.given_x(grid.persona_keys, at, together)
     common: dict[str, Any] = {"host": host.upper(), "generate": generate}
-    control = Edit(HOST, at, (), **common) if host == "by" else Edit("bb", at, together, **common)
+    control = Unedited(HOST, at) if host == "by" else Write("bb", at, together)
     steered = [
-        Edit(STEER, at, together, alpha=a, beta=b, **common)
+        Edit(Write(STEER, at, together, alpha=a, beta=b), **common)
         for b in parse_factors(beta, "--beta")
         for a in parse_factors(alpha, "--alpha")
     ]
-    edits = [control, *steered]
+    edits = [Edit(control, **common), *steered]
     if generate:
         edits.append(clean_text(generate))
     plan = build_plan(

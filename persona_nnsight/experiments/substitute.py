@@ -13,6 +13,7 @@ from persona_nnsight.method.conditions import SUBSTITUTE_CONDITIONS
 from persona_nnsight.method.sites import DEFAULT_LAYERS, DEFAULT_POSITIONS
 from persona_nnsight.models.loading import Model
 from persona_nnsight.plan.building import build_plan
+from persona_nnsight.plan.interventions import Write
 from persona_nnsight.plan.plan import Edit, Plan
 from persona_nnsight.prompts.grids import Grid
 
@@ -31,7 +32,10 @@ def plan_substitute(
     """The plan of `substitute`, which takes the same arguments."""
     sites = sites_of(model, layers, positions)
     edits = [
-        Edit(condition, (position,), (layer,), generate=0 if condition == "clean" else generate)
+        Edit(
+            Write(condition, (position,), (layer,)),
+            generate=0 if condition == "clean" else generate,
+        )
         for condition in _conditions(conditions, grid)
         for position in sites["positions"]
         for layer in sites["layers"]
