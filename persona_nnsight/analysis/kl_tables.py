@@ -9,13 +9,12 @@ import numpy as np
 import pandas as pd
 
 from persona_nnsight.analysis.bootstrap import Floats, drawn_medians, interval
-from persona_nnsight.analysis.columns import CELL, FACTORS, SITE, records, wide_by_edit
+from persona_nnsight.analysis.columns import CELL, COLUMN, SITE, records, wide_by_edit
 from persona_nnsight.method.conditions import HOST, STEER
-from persona_nnsight.method.sites import format_layers, format_positions
 
 if TYPE_CHECKING:
     from persona_nnsight.plan.events import Scored
-    from persona_nnsight.plan.plan import Edit, Plan
+    from persona_nnsight.plan.plan import Plan
 
 #: KLs below this, in nats, are rounding: a share of them means nothing and is left empty.
 KL_FLOOR = 1e-5
@@ -33,29 +32,18 @@ def kl_table(plan: Plan, scores: Iterable[Scored]) -> pd.DataFrame:
     below `KL_FLOOR`: there is no gap).
     """
     found = sorted(scores, key=lambda score: (score.cell, score.edit))
-    described = [
-        {
-            "condition": edit.condition,
-            "host": edit.host,
-            "position": format_positions(edit.positions),
-            "layers": format_layers(edit.layers),
-            **factors_of(edit),
-        }
-        for edit in plan.edits
-    ]
+    described = [edit.columns for edit in plan.edits]
     edits = [edit for edit in plan.edits if edit.scored]
-    columns = [*CELL, "condition", *SITE]
-    if any(edit.condition == STEER for edit in edits):
-        columns += FACTORS
+    named = {name for edit in edits for name in edit.columns}
     # By column: a dictionary per row would take more memory than all else of a large grid.
     table = pd.DataFrame(
         {
             "persona": [plan.cells[score.cell].persona for score in found],
             "task": [plan.cells[score.cell].task for score in found],
             **{
-                name: [described[score.edit][name] for score in found]
-                for name in columns
-                if name not in CELL
+                name: [described[score.edit].get(name) for score in found]
+                for name in COLUMN
+                if name in named
             },
             "kl": [score.kl for score in found],
             "n_tokens": [score.n_tokens for score in found],
@@ -65,12 +53,6 @@ def kl_table(plan: Plan, scores: Iterable[Scored]) -> pd.DataFrame:
         host = table[table["condition"] == HOST].set_index(CELL)["kl"].rename("of")
         table["gap_closed"] = _share(table["kl"], table.join(host, on=CELL)["of"])
     return table
-
-
-def factors_of(edit: Edit) -> dict[str, float | None]:
-    """α and β of an edit by column name; None unless it steers."""
-    steers = edit.condition == STEER
-    return {"alpha": edit.alpha if steers else None, "beta": edit.beta if steers else None}
 
 
 def kl_summary(table: pd.DataFrame) -> pd.DataFrame:

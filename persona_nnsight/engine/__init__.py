@@ -15,6 +15,8 @@ A plan runs in chunks of cells, each in steps, one file a step:
    stored residuals enter at the edited layer. KL is taken inside the trace; only numbers leave.
 5. `write`: greedy text under the edits, if the plan asks for it.
 
+What an edit does to its rows there is said by kind of intervention, in one place (`acts`).
+
 Rows of different cells and conditions share batches (`memory`): padding stands on the left and
 positions are explicit. Caches are cut and brought together (`kv_cache`) where no sliding window has
 let go of tokens; where one has, openings run whole and edited rows begin at the tail.

@@ -11,6 +11,7 @@ from torch import Tensor
 
 from persona_nnsight.engine.kv_cache import KVCache
 from persona_nnsight.errors import PersonaError
+from persona_nnsight.method.sites import generated_index
 from persona_nnsight.models.module_tree import ModuleTree
 from persona_nnsight.plan.plan import CellPlan, Plan
 from persona_nnsight.prompts.prompt import user_last
@@ -104,11 +105,12 @@ class Chunk:
         """
         return 0 if is_far(self.lm) else tokens
 
-    def tail_offsets(self, prompts: Sequence[int], position: str) -> Tensor:
-        """Index within the tail of a prompt position, int [prompts]."""
+    def token_offsets(self, prompts: Sequence[int], position: str) -> Tensor:
+        """Index of a position within tail and continuation, int [prompts]."""
         tail = self.plan.tail
-        if position == "p_last":
-            return torch.full((len(prompts),), tail - 1, device=self.device)
+        if position != "p_user_last":
+            last = tail - 1 + generated_index(position)
+            return torch.full((len(prompts),), last, device=self.device)
         chosen = [self.plan.prompts[prompt] for prompt in prompts]
         return torch.tensor(
             [user_last(prompt) - (len(prompt.ids) - tail) for prompt in chosen],

@@ -93,4 +93,5 @@ def extend(chunk: Chunk, recorded: Record, key: str) -> HostRun:
 
 def entry_layer(plan: Plan, edit: Edit) -> int:
     """The layer at which stored residuals enter: everything below is as in the unedited run."""
-    return min(edit.layers) if edit.layers else max(plan.layers)
+    lowest = edit.intervention.lowest_layer
+    return max(plan.layers) if lowest is None else lowest

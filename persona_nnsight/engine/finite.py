@@ -70,14 +70,14 @@ def geometry_not_finite(
 def edited_not_finite(chunk: Chunk, cell: int, edit: int, continuation: Tensor) -> PersonaError:
     """The error for logits of the run of an edit on the chunk's `cell`.
 
-    An edit that writes nothing is an unedited run of its host, on `continuation`, int [n].
+    Where nothing is edited it is an unedited run of the host, on `continuation`, int [n].
     """
     chosen = chunk.plan.edits[edit]
-    if not chosen.layers:
+    if chosen.is_unedited:
         return output_not_finite(chunk, chosen.host, cell, continuation)
-    what = f"The output of cell {_name(chunk, cell)} under {chosen.condition!r}"
-    layers, positions = "+".join(map(str, chosen.layers)), "+".join(chosen.positions)
-    return not_finite(what, f"after the edit at layer {layers}, position {positions}", chunk.dtype)
+    what = f"The output of cell {_name(chunk, cell)} under {chosen.name!r}"
+    where = "after the edit at layer {layers}, position {position}".format_map(chosen.columns)
+    return not_finite(what, where, chunk.dtype)
 
 
 def _name(chunk: Chunk, cell: int) -> str:

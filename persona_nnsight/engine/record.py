@@ -135,7 +135,7 @@ def _decode(chunk: Chunk) -> tuple[Tensor, Tensor, _Sites]:
     where: list[dict[str, Tensor | int]] = [{} for _ in range(plan.reference_tokens)]
     for name in plan.positions:
         k = generated_index(name)
-        where[k][name] = -1 if k else chunk.tail_offsets(prompts, name)
+        where[k][name] = -1 if k else chunk.token_offsets(prompts, name)
     inputs = prompt_inputs(chunk, chunk.rows(prompts), plan.reference_tokens)
     with lm.generate(**inputs) as tracer:
         residuals = nnsight.save({})
@@ -163,7 +163,7 @@ def _baselines(chunk: Chunk, keys: Sequence[str], continuations: Tensor) -> _Sit
     unique = list(dict.fromkeys(prompts))
     rows = chunk.rows(unique)
     where: dict[str, Tensor | int] = {
-        name: chunk.tail_offsets(unique, name)
+        name: chunk.token_offsets(unique, name)
         for name in plan.positions
         if not generated_index(name)
     }

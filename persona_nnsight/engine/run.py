@@ -122,7 +122,7 @@ def _texts(
         sharing: dict[Hashable, list[Row]] = {}
         for cell, edit in _rows(plan, edits, numbers):
             unedited = ready.chunk.cells[cell].prompts[plan.edits[edit].host]
-            text = (cell, edit) if plan.edits[edit].layers else unedited
+            text = unedited if plan.edits[edit].is_unedited else (cell, edit)
             sharing.setdefault(text, []).append((cell, edit))
         for batch, texts in in_batches(list(sharing.values()), limits.rows, work, is_done):
             for rows, tokens in zip(batch, texts, strict=True):

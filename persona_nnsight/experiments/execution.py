@@ -10,14 +10,12 @@ from typing import Any, Generic, TypeVar
 import torch
 
 from persona_nnsight.analysis.geometry_tables import geometry_table
-from persona_nnsight.analysis.kl_tables import factors_of
 from persona_nnsight.analysis.marker_tables import Text
 from persona_nnsight.backends.interface import Backend
 from persona_nnsight.backends.local import LocalBackend
 from persona_nnsight.engine.run import run
 from persona_nnsight.experiments.experiment import Experiment, Progress
 from persona_nnsight.experiments.results import Result
-from persona_nnsight.method.sites import format_layers, format_positions
 from persona_nnsight.models.loading import Model
 from persona_nnsight.plan.costs import Cost, estimate
 from persona_nnsight.plan.events import Event, Recorded, Scored, Written
@@ -176,13 +174,12 @@ class _Gathered(Generic[R]):
 
 def _text(model: Model, plan: Plan, written: Written) -> Text:
     cell, edit = plan.cells[written.cell], plan.edits[written.edit]
+    sites = {} if edit.is_unedited else edit.columns
     return Text(
         persona=cell.persona,
         task=cell.task,
-        condition=edit.condition,
-        position=format_positions(edit.positions) if edit.layers else None,
-        layers=format_layers(edit.layers) if edit.layers else None,
-        **factors_of(edit),
+        condition=edit.name,
+        **{name: sites.get(name) for name in ("position", "layers", "alpha", "beta")},
         text=str(
             model.tokenizer.decode(
                 list(written.tokens), skip_special_tokens=True, clean_up_tokenization_spaces=False

@@ -20,6 +20,7 @@ from persona_nnsight.experiments.setup import checked, clean_text, sites_of
 from persona_nnsight.method.conditions import HOST, INJECT_CONDITIONS
 from persona_nnsight.method.sites import DEFAULT_LAYERS, parse_layer_sets
 from persona_nnsight.plan.building import build_plan
+from persona_nnsight.plan.interventions import Unedited, Write
 from persona_nnsight.plan.plan import Edit
 
 if TYPE_CHECKING:
@@ -68,9 +69,9 @@ class Inject(Experiment["EditResult"]):
         if self.each:
             sets += [(layer,) for layer in every if (layer,) not in sets]
         into_host: dict[str, Any] = {"host": "BY", "generate": self.generate}
-        edits = [Edit(HOST, ("p_last",), (), **into_host)]
+        edits = [Edit(Unedited(HOST, ("p_last",)), **into_host)]
         edits += [
-            Edit(condition, ("p_last",), chosen, **into_host)
+            Edit(Write(condition, ("p_last",), chosen), **into_host)
             for condition in INJECT_CONDITIONS
             for chosen in sets
         ]

@@ -15,6 +15,7 @@ from persona_nnsight.experiments.setup import checked, clean_text, sites_of
 from persona_nnsight.method.conditions import BARE, MARKER_CONDITIONS, TASK_KEY
 from persona_nnsight.method.sites import EDITED_DEPTH, NO_LAYERS
 from persona_nnsight.plan.building import build_plan
+from persona_nnsight.plan.interventions import Unedited, Write
 from persona_nnsight.plan.plan import Edit
 
 if TYPE_CHECKING:
@@ -65,11 +66,12 @@ class Markers(Experiment["MarkersResult"]):
         sites = sites_of(model, self.layers, "p_last")
         edits = [clean_text(self.tokens)]
         edits += [
-            Edit(condition, ("p_last",), (layer,), scored=False, generate=self.tokens)
+            Edit(Write(condition, ("p_last",), (layer,)), scored=False, generate=self.tokens)
             for condition in ("additive", "remove_x")
             for layer in sites["layers"]
         ]
-        edits.append(Edit(BARE, ("p_last",), (), host=TASK_KEY, scored=False, generate=self.tokens))
+        bare = Unedited(BARE, ("p_last",))
+        edits.append(Edit(bare, host=TASK_KEY, scored=False, generate=self.tokens))
         # No KL is taken, so the shortest clean continuation will do.
         plan = build_plan(self.name, model.tokenizer, grid, **sites, window=1, edits=edits)
         return checked(plan, model, text_option="--tokens")

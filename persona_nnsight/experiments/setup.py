@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING, TypedDict
 from persona_nnsight.errors import PersonaError, quoted
 from persona_nnsight.experiments.arguments import Layers, Positions
 from persona_nnsight.method.sites import parse_layers, parse_positions
+from persona_nnsight.plan.interventions import Unedited
 from persona_nnsight.plan.plan import Edit, Plan
 
 if TYPE_CHECKING:
@@ -32,7 +33,7 @@ def sites_of(model: Model, layers: Layers, positions: Positions) -> Sites:
 
 def clean_text(generate: int) -> Edit:
     """The text of the unedited XY prompt."""
-    return Edit("clean", ("p_last",), (), scored=False, generate=generate)
+    return Edit(Unedited("clean", ("p_last",)), scored=False, generate=generate)
 
 
 def checked(plan: Plan, model: Model, text_option: str = "--generate") -> Plan:

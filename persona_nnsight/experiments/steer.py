@@ -27,6 +27,7 @@ from persona_nnsight.experiments.setup import checked, clean_text, sites_of
 from persona_nnsight.method.conditions import HOST, STEER
 from persona_nnsight.method.sites import EDITED_DEPTH
 from persona_nnsight.plan.building import build_plan
+from persona_nnsight.plan.interventions import Unedited, Write
 from persona_nnsight.plan.plan import Edit
 
 if TYPE_CHECKING:
@@ -120,14 +121,13 @@ class Steer(Experiment["EditResult"]):
             )
             given = vectors.given_x(grid.persona_keys, at, together)
         common: dict[str, Any] = {"host": self.host.upper(), "generate": self.generate}
-        by = self.host == "by"
-        control = Edit(HOST, at, (), **common) if by else Edit("bb", at, together, **common)
+        control = Unedited(HOST, at) if self.host == "by" else Write("bb", at, together)
         steered = [
-            Edit(STEER, at, together, alpha=a, beta=b, **common)
+            Edit(Write(STEER, at, together, alpha=a, beta=b), **common)
             for b in parse_factors(self.beta, "--beta")
             for a in parse_factors(self.alpha, "--alpha")
         ]
-        edits = [control, *steered]
+        edits = [Edit(control, **common), *steered]
         if self.generate:
             edits.append(clean_text(self.generate))
         plan = build_plan(

@@ -23,6 +23,7 @@ from persona_nnsight.experiments.setup import checked, clean_text, sites_of
 from persona_nnsight.method.conditions import SUBSTITUTE_CONDITIONS
 from persona_nnsight.method.sites import DEFAULT_LAYERS, DEFAULT_POSITIONS
 from persona_nnsight.plan.building import build_plan
+from persona_nnsight.plan.interventions import Write
 from persona_nnsight.plan.plan import Edit
 
 if TYPE_CHECKING:
@@ -77,9 +78,7 @@ class Substitute(Experiment["EditResult"]):
         sites = sites_of(model, self.layers, self.positions)
         edits = [
             Edit(
-                condition,
-                (position,),
-                (layer,),
+                Write(condition, (position,), (layer,)),
                 generate=0 if condition == "clean" else self.generate,
             )
             for condition in _conditions(self.conditions, grid)

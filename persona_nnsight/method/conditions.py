@@ -42,5 +42,21 @@ STEER = "steer"
 RESIDUAL_KEYS = ("BB", "XB", "BY", "XY")
 DONOR_KEY = "OB"
 
+#: Those that the formula of each condition reads.
+READS = {
+    "additive": ("BB", "XB", "BY"),
+    "remove_x": ("BB", "XB", "XY"),
+    "remove_y": ("BB", "BY", "XY"),
+    "bb": ("BB",),
+    "by": ("BY",),
+    "xb": ("XB",),
+    "other_x": ("BB", DONOR_KEY, "BY"),
+    "random": ("BB", "XY"),
+    "clean": ("XY",),
+    "oracle": ("XY",),
+    "cached": ("BB", "XB", "BY"),
+    STEER: ("BB", "XB", "BY"),
+}
+
 #: The prompt of `bare`; no formula reads its residuals.
 TASK_KEY = "Y"

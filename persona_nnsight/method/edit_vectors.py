@@ -29,34 +29,37 @@ def edit_vector(
 
     Args:
         condition: a key of `SUBSTITUTE_CONDITIONS` or `INJECT_CONDITIONS`, or ``steer``.
-        h: residuals by prompt (`RESIDUAL_KEYS`, and OB for ``other_x``), float32 [..., d_model].
+        h: residuals by prompt, at least of those in `READS`, float32 [..., d_model].
         alpha, beta: for ``steer``, the factors of Δ_X and Δ_Y.
         noise: for ``random``, a vector of any length in the same shape.
 
     Returns:
         float32 [..., d_model].
     """
-    delta_x: Tensor = h["XB"] - h["BB"]
-    delta_y: Tensor = h["BY"] - h["BB"]
-    delta_xy: Tensor = h["XY"] - h["BB"]
+
+    def delta(prompt: str) -> Tensor:
+        difference: Tensor = h[prompt] - h["BB"]
+        return difference
+
     match condition:
         case "additive" | "cached":
-            return h["BB"] + delta_x + delta_y
+            return h["BB"] + delta("XB") + delta("BY")
         case "steer":
-            return h["BB"] + alpha * delta_x + beta * delta_y
+            return h["BB"] + alpha * delta("XB") + beta * delta("BY")
         case "remove_x":
-            return h["XY"] - delta_x
+            return h["XY"] - delta("XB")
         case "remove_y":
-            return h["XY"] - delta_y
+            return h["XY"] - delta("BY")
         case "bb" | "by" | "xb":
             return h[condition.upper()]
         case "clean" | "oracle":
             return h["XY"]
         case "other_x":
-            return h["BB"] + (h[DONOR_KEY] - h["BB"]) + delta_y
+            return h["BB"] + delta(DONOR_KEY) + delta("BY")
         case "random" if noise is not None:
-            length: Tensor = delta_xy.norm(dim=-1, keepdim=True) / noise.norm(dim=-1, keepdim=True)
-            return h["BB"] + noise * length
+            length = delta("XY").norm(dim=-1, keepdim=True) / noise.norm(dim=-1, keepdim=True)
+            drawn: Tensor = h["BB"] + noise * length
+            return drawn
     raise ValueError(f"no vector is defined for condition {condition!r}")
 
 

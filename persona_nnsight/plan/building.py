@@ -52,9 +52,7 @@ def build_plan(
             encoded.append(encode_prompt(tokenizer, text))
         return prompts[text]
 
-    wanted = {*RESIDUAL_KEYS, *(edit.host for edit in edits)}
-    if any(edit.condition == "other_x" for edit in edits):
-        wanted.add(DONOR_KEY)
+    wanted = {*RESIDUAL_KEYS, *(key for edit in edits for key in edit.prompts)}
     if given_x is not None:
         wanted.remove("XB")
     cells = tuple(

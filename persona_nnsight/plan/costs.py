@@ -118,12 +118,12 @@ def working_bytes(plan: Plan, tree: ModuleTree, limits: Limits) -> int:
 
 
 def fed_tokens(plan: Plan, edit: Edit, tree: ModuleTree) -> int:
-    """Tokens that an edit is scored on: from the first site to the window's end."""
-    first = edit.positions[0]
-    before = plan.tail - 1 if first == "p_user_last" else 0
-    if _longest(plan) >= tree.window:
-        before = plan.tail - 1 + generated_index(first)
-    return before + plan.window
+    """Tokens that are fed to score an edit: from the first that it touches to the window's end."""
+    end = plan.tail - 1 + generated_index(edit.intervention.anchor) + plan.window
+    first = edit.intervention.first
+    if first == "p_user_last" or _longest(plan) >= tree.window:
+        return end
+    return end - (plan.tail - 1 + generated_index(first))
 
 
 def estimate(plan: Plan, model: Model, limits: Limits) -> Cost:
@@ -177,7 +177,7 @@ def _rows(plan: Plan, chunk: Sequence[int]) -> tuple[Counter[int], Counter[int]]
         if edit.generate and cells:
             # Cells share the text of an unedited prompt that they share.
             unedited = {cell.prompts[edit.host] for cell in cells}
-            texts[edit.generate] += len(cells if edit.layers else unedited)
+            texts[edit.generate] += len(unedited if edit.is_unedited else cells)
     return scored, texts
 
 

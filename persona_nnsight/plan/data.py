@@ -7,6 +7,8 @@ import json
 from dataclasses import asdict
 from typing import Any
 
+from persona_nnsight.errors import PersonaError, quoted
+from persona_nnsight.plan.interventions import KINDS, Intervention
 from persona_nnsight.plan.plan import CellPlan, Edit, Given, Plan
 from persona_nnsight.prompts.prompt import Prompt
 
@@ -23,7 +25,11 @@ def digest(plan: Plan) -> str:
 
 
 def from_data(data: dict[str, Any]) -> Plan:
-    """The plan that `to_data` was given, also after a passage through JSON."""
+    """The plan that `to_data` was given, also after a passage through JSON.
+
+    Raises:
+        PersonaError: a kind of intervention that there is not.
+    """
     given = data["given_x"]
     return Plan(
         **{
@@ -46,9 +52,23 @@ def _edit(data: dict[str, Any]) -> Edit:
     return Edit(
         **{
             **data,
-            "positions": tuple(data["positions"]),
-            "layers": tuple(data["layers"]),
+            "intervention": _intervention(data["intervention"]),
             "cells": None if cells is None else tuple(cells),
+        }
+    )
+
+
+def _intervention(data: dict[str, Any]) -> Intervention:
+    kind, fields = data["kind"], {name: data[name] for name in data if name != "kind"}
+    if not isinstance(kind, str) or kind not in KINDS:
+        raise PersonaError(
+            f"The plan asks for an intervention of kind {quoted(str(kind))}, and this version of "
+            f"persona knows {' and '.join(KINDS)} alone; use the version that made the plan."
+        )
+    return KINDS[kind](
+        **{
+            name: tuple(value) if isinstance(value, list) else value
+            for name, value in fields.items()
         }
     )
 

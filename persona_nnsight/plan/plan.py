@@ -9,9 +9,11 @@ from __future__ import annotations
 from collections.abc import Hashable, Iterable
 from dataclasses import dataclass
 from functools import cached_property
+from typing import Any
 
 from persona_nnsight.method.conditions import TASK_KEY
 from persona_nnsight.method.sites import generated_index
+from persona_nnsight.plan.interventions import Intervention
 from persona_nnsight.prompts.prompt import Prompt, user_last
 
 #: Residuals at every site as plain numbers: [positions][layers][d_model].
@@ -23,30 +25,43 @@ class Edit:
     """One intervention and what is measured of it, in a run of its own for every cell.
 
     Attributes:
-        condition: which vector is written (`persona_nnsight.method.edit_vectors`).
-        positions, layers: written in the same run at all of them, each with its own vector; no
-            layers for an unedited run.
+        intervention: what is done to the run.
         host: the prompt that is run: ``XY``, ``BY``, or ``Y`` (the task alone).
-        alpha, beta: factors of Δ_X and Δ_Y, for condition ``steer``.
         scored: whether the KL from the clean run is taken.
         generate: tokens of greedy text to write, 0 for none.
         cells: indices into `Plan.cells` of the cells it runs on; None for all.
     """
 
-    condition: str
-    positions: tuple[str, ...]
-    layers: tuple[int, ...]
+    intervention: Intervention
     host: str = "XY"
-    alpha: float = 1.0
-    beta: float = 1.0
     scored: bool = True
     generate: int = 0
     cells: tuple[int, ...] | None = None
 
     @property
+    def name(self) -> str:
+        """As tables call it."""
+        return self.intervention.condition
+
+    @property
+    def is_unedited(self) -> bool:
+        """Whether its run is the host's own."""
+        return self.intervention.lowest_layer is None
+
+    @property
+    def prompts(self) -> tuple[str, ...]:
+        """The prompts that it needs: its host, and those that something is taken from."""
+        return self.host, *self.intervention.reads
+
+    @property
     def batch_key(self) -> Hashable:
-        """What edits that are scored in one batch share: their sites and their host."""
-        return self.positions, self.layers, self.host
+        """What edits that are scored in one batch share."""
+        return self.host, self.intervention.batch_key
+
+    @property
+    def columns(self) -> dict[str, Any]:
+        """What tables say of it, by column."""
+        return {"host": self.host, **self.intervention.columns}
 
     def runs_on(self, cell: int) -> bool:
         """Whether the plan's cell number `cell` is one of its cells."""

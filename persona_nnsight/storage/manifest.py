@@ -51,7 +51,7 @@ def run_manifest(
             "layers": plan.layers,
             "positions": plan.positions,
             "window": plan.window,
-            "conditions": list(dict.fromkeys(edit.condition for edit in plan.edits)),
+            "conditions": list(dict.fromkeys(edit.name for edit in plan.edits)),
             "hosts": list(dict.fromkeys(edit.host for edit in plan.edits)),
             "generate": plan.longest_text,
             "seed": plan.seed,

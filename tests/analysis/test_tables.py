@@ -21,6 +21,7 @@ from persona_nnsight.analysis.marker_tables import (
     marker_table,
 )
 from persona_nnsight.plan.events import Scored
+from persona_nnsight.plan.interventions import Unedited, Write
 from persona_nnsight.plan.plan import CellPlan, Edit, Plan
 from persona_nnsight.prompts.grids import Grid
 
@@ -98,12 +99,12 @@ def approx(*numbers: float) -> Any:
 
 def test_kl_table_of_a_substitution() -> None:
     edits = (
-        Edit("additive", ("p_last",), (8,)),
-        Edit("additive", ("g1",), (14,)),
-        Edit("bb", ("p_last",), (8,)),
+        Edit(Write("additive", ("p_last",), (8,))),
+        Edit(Write("additive", ("g1",), (14,))),
+        Edit(Write("bb", ("p_last",), (8,))),
         # Texts alone leave neither rows nor columns.
-        Edit("clean", ("p_last",), (), scored=False, generate=5),
-        Edit("steer", ("p_last",), (8,), host="BY", scored=False, generate=5),
+        Edit(Unedited("clean", ("p_last",)), scored=False, generate=5),
+        Edit(Write("steer", ("p_last",), (8,)), host="BY", scored=False, generate=5),
     )
     scores = [
         *(Scored(1, 2, 0.6, 10), Scored(0, 1, NAN, 0), Scored(0, 2, 0.5, 10)),
@@ -125,9 +126,9 @@ def test_kl_table_of_a_substitution() -> None:
 
 def test_kl_table_of_an_injection_has_the_gap_closed_cell_by_cell() -> None:
     edits = (
-        Edit("host", ("p_last",), (), host="BY"),
-        Edit("oracle", ("p_last",), (8,), host="BY"),
-        Edit("cached", ("p_last",), (8, 14), host="BY"),
+        Edit(Unedited("host", ("p_last",)), host="BY"),
+        Edit(Write("oracle", ("p_last",), (8,)), host="BY"),
+        Edit(Write("cached", ("p_last",), (8, 14)), host="BY"),
     )
     kls = [
         (2.0, 1.5, 2.5),
@@ -160,11 +161,11 @@ def test_kl_table_of_an_injection_has_the_gap_closed_cell_by_cell() -> None:
 @pytest.mark.parametrize("host", ["XY", "BY"])
 def test_kl_table_of_a_steering_has_the_factors(host: str) -> None:
     both = ("p_last", "g1")
-    control = Edit("bb", both, (8,)) if host == "XY" else Edit("host", both, (), host="BY")
+    control = Write("bb", both, (8,)) if host == "XY" else Unedited("host", both)
     edits = (
-        control,
-        Edit("steer", both, (8,), host=host, alpha=2.0, beta=0.5),
-        Edit("steer", both, (8,), host=host, alpha=-1.0, beta=1.0),
+        Edit(control, host=host),
+        Edit(Write("steer", both, (8,), alpha=2.0, beta=0.5), host=host),
+        Edit(Write("steer", both, (8,), alpha=-1.0, beta=1.0), host=host),
     )
     table = kl_table(plan(*edits), [Scored(0, edit, kl, 10) for edit, kl in enumerate((4, 1, 3))])
     gap = ["gap_closed"] if host == "BY" else []

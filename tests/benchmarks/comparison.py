@@ -191,8 +191,8 @@ def _texts_equal(model: Model, result: Result, numbers: Mapping[int, CellNumbers
     for cell, found in numbers.items():
         for number, tokens in found.texts.items():
             edit = plan.edits[number]
-            layers = "+".join(map(str, edit.layers)) or None
-            key = (plan.cells[cell].persona, plan.cells[cell].task, edit.condition, layers)
+            layers = None if edit.is_unedited else edit.columns["layers"]
+            key = (plan.cells[cell].persona, plan.cells[cell].task, edit.name, layers)
             text = model.tokenizer.decode(
                 list(tokens), skip_special_tokens=True, clean_up_tokenization_spaces=False
             )

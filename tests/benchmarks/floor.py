@@ -44,7 +44,7 @@ def floor_parts(plan: Plan, n_layers: int, lengths: Lengths | None = None) -> di
                 _edited(plan, number, edit, cell, n_layers, known)
                 for number, edit in enumerate(plan.edits)
                 for cell in range(len(plan.cells))
-                if edit.layers and edit.runs_on(cell)
+                if not edit.is_unedited and edit.runs_on(cell)
             ),
             Work(),
         ),
@@ -69,7 +69,7 @@ def window_tokens(plan: Plan, edit: Edit, length: int) -> int:
     """Tokens that an edit is scored on in a cell whose continuation has `length` tokens."""
     if not edit.scored:
         return 0
-    return max(0, min(plan.window, length - generated_index(edit.positions[0])))
+    return max(0, min(plan.window, length - generated_index(edit.intervention.anchor)))
 
 
 def _unedited(plan: Plan, n_layers: int, lengths: Lengths) -> Work:
@@ -80,7 +80,7 @@ def _unedited(plan: Plan, n_layers: int, lengths: Lengths) -> Work:
     }
     for (cell, number), length in lengths.texts.items():
         edit = plan.edits[number]
-        if not edit.layers:
+        if edit.is_unedited:
             prompt = plan.cells[cell].prompts[edit.host]
             written[prompt] = max(length, written.get(prompt, 0))
     return Work(sum(n - 1 for n in written.values()) * n_layers, sum(written.values()))
@@ -92,10 +92,10 @@ def _forced(plan: Plan, n_layers: int, lengths: Lengths) -> Work:
         fed = {key: min(plan.last_generated, length) for key in plan.roles if key != "XY"}
         for edit in plan.edits:
             window = window_tokens(plan, edit, length)
-            if edit.layers or not window or not edit.runs_on(number):
+            if not edit.is_unedited or not window or not edit.runs_on(number):
                 continue
             assert edit.host in cell.prompts
-            start = generated_index(edit.positions[0])
+            start = generated_index(edit.intervention.anchor)
             fed[edit.host] = max(fed.get(edit.host, 0), start + window - 1)
             head_rows += window
         tokens += sum(fed.values())
@@ -110,7 +110,7 @@ def _edited(
     A text differs from the unedited one token by token, so what is fed of it goes through every
     layer.
     """
-    first = edit.positions[0]
+    first, lowest = edit.intervention.first, edit.intervention.lowest_layer or 0
     prompt = plan.prompts[plan.cells[cell].prompts[edit.host]]
     site = len(prompt.ids) - user_last(prompt) if first == "p_user_last" else 1
     window = window_tokens(plan, edit, lengths.continuations[cell])
@@ -118,6 +118,6 @@ def _edited(
     # The site's own tokens serve both.
     patched = (site if window or text else 0) + max(0, window - 1)
     return Work(
-        patched * (n_layers - min(edit.layers)) + max(0, text - 1) * n_layers,
+        patched * (n_layers - lowest) + max(0, text - 1) * n_layers,
         window + (max(0, text - 1) if window else text),
     )

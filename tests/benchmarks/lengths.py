@@ -6,7 +6,6 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 
 from persona_nnsight.experiments.results import Result
-from persona_nnsight.method.sites import format_layers, format_positions
 from persona_nnsight.plan.plan import Plan
 
 
@@ -36,9 +35,9 @@ class Lengths:
         cells = {(cell.persona, cell.task): n for n, cell in enumerate(result.plan.cells)}
         edits = {
             (
-                edit.condition,
-                format_positions(edit.positions) if edit.layers else None,
-                format_layers(edit.layers) if edit.layers else None,
+                edit.name,
+                None if edit.is_unedited else edit.columns["position"],
+                None if edit.is_unedited else edit.columns["layers"],
             ): number
             for number, edit in enumerate(result.plan.edits)
             if edit.generate

@@ -25,6 +25,7 @@ from dataclasses import dataclass
 from typing import Any, cast
 
 import torch
+from edits import written_sites
 from reference import Edits, Reference, generated_index, kl, vector
 from torch import Tensor, nn
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
@@ -289,16 +290,12 @@ class Procedure(Reference):
         at: Mapping[tuple[str, int], Mapping[str, Tensor]],
         forced: Sequence[int],
     ) -> Edits:
-        name = _VECTORS.get(edit.condition, edit.condition)
-        return {
-            layer: {
-                self.positions(prompts[edit.host], position, forced): vector(
-                    name, at[position, layer]
-                )
-                for position in edit.positions
-            }
-            for layer in edit.layers
-        }
+        name = _VECTORS.get(edit.name, edit.name)
+        writes: dict[int, dict[int, Tensor]] = {}
+        for _, position, layer in written_sites(edit):
+            token = self.positions(prompts[edit.host], position, forced)
+            writes.setdefault(layer, {})[token] = vector(name, at[position, layer])
+        return writes
 
     def _kl(
         self,
@@ -311,7 +308,7 @@ class Procedure(Reference):
         n = window_tokens(plan, edit, len(forced))
         if not n:
             return math.nan
-        k = generated_index(edit.positions[0])
+        k = generated_index(edit.intervention.anchor)
         target, host = self.ids(prompts["XY"]), self.ids(prompts[edit.host])
         clean = self.logprobs([*target, *forced], len(target) + k, n)
         writes = self._writes(edit, prompts, at, forced)

@@ -9,6 +9,7 @@ from dataclasses import dataclass, replace
 from persona_nnsight import Grid, Model
 from persona_nnsight.experiments.capture import Capture
 from persona_nnsight.experiments.substitute import Substitute
+from persona_nnsight.method.sites import format_layers
 from persona_nnsight.plan.plan import Plan
 from persona_nnsight.prompts.encoding import encode_prompt
 from persona_nnsight.reproduction.protocol import layer_sets, plan_table
@@ -56,9 +57,11 @@ def _all_layers(model: Model, grids: Grids) -> Workload:
 def _inject(model: Model, grids: Grids) -> Workload:
     """What the paper ran: the oracle at the one layer, the cached vector at every set."""
     study = plan_table("table4", model, grids.short, grids.long)
-    alone = layer_sets(model.tree.n_layers)[0]
+    alone = format_layers(layer_sets(model.tree.n_layers)[0])
     edits = tuple(
-        edit for edit in study.plan.edits if edit.condition != "oracle" or edit.layers == alone
+        edit
+        for edit in study.plan.edits
+        if edit.name != "oracle" or edit.columns["layers"] == alone
     )
     return Workload("inject, 5 layer sets", study.grid, replace(study.plan, edits=edits))
 

@@ -14,6 +14,7 @@ import pytest
 import tiny
 import torch
 from cells import cell_prompts, reference_of
+from edits import written_sites
 from float64 import doubled, in_float64
 from hypothesis import Phase, given, settings
 from hypothesis import strategies as st
@@ -35,6 +36,7 @@ from persona_nnsight.method.conditions import INJECT_CONDITIONS, STEER, SUBSTITU
 from persona_nnsight.method.edit_vectors import seeded_noise
 from persona_nnsight.method.sites import generated_index
 from persona_nnsight.plan.costs import Limits
+from persona_nnsight.plan.interventions import Write
 from persona_nnsight.plan.plan import Edit, Plan
 
 #: Logits of two tokens that are closer than this may be taken for each other.
@@ -261,31 +263,29 @@ class Oracle:
         edit = self.plan.edits[index]
         prompts, continuation = self.prompts(cell), list(self.result.continuations[cell])
         host = self.reference.ids(prompts[edit.host])
-        edits: dict[int, dict[int, Tensor]] = {layer: {} for layer in edit.layers}
-        for position in edit.positions if edit.layers else ():
-            if not self.reaches(cell, position):
-                continue
-            at = self.reference.positions(prompts[edit.host], position, continuation)
-            for layer in edit.layers:
-                edits[layer][at] = self.written(cell, edit, position, layer)
+        edits: dict[int, dict[int, Tensor]] = {}
+        for write, position, layer in written_sites(edit):
+            if self.reaches(cell, position):
+                at = self.reference.positions(prompts[edit.host], position, continuation)
+                edits.setdefault(layer, {})[at] = self.written(cell, write, position, layer)
         if edit.scored:
             self.check_kl(cell, index, host, edits)
         if edit.generate:
             expected = self.reference.greedy(host, edit.generate, edits)
             self.check_text(cell, edit, host, expected, edits)
 
-    def written(self, cell: int, edit: Edit, position: str, layer: int) -> Tensor:
+    def written(self, cell: int, write: Write, position: str, layer: int) -> Tensor:
         h = self.residuals(cell, position, layer)
-        if edit.condition == STEER:
+        if write.condition == STEER:
             persona, task = h["XB"] - h["BB"], h["BY"] - h["BB"]
-            return h["BB"] + edit.alpha * persona + edit.beta * task
-        if edit.condition == "random":
+            return h["BB"] + write.alpha * persona + write.beta * task
+        if write.condition == "random":
             noise = seeded_noise(self.plan.cells[cell].seed, position, layer, len(h["BB"]))
             drawn: Tensor = h["BB"] + noise * ((h["XY"] - h["BB"]).norm() / noise.norm())
             return drawn
         same = {"oracle": "clean", "cached": "additive"}
-        assert edit.condition in {*SUBSTITUTE_CONDITIONS, *INJECT_CONDITIONS}
-        return vector(same.get(edit.condition, edit.condition), h)
+        assert write.condition in {*SUBSTITUTE_CONDITIONS, *INJECT_CONDITIONS}
+        return vector(same.get(write.condition, write.condition), h)
 
     def check_kl(
         self, cell: int, index: int, host: list[int], edits: Mapping[int, Mapping[int, Tensor]]
@@ -293,7 +293,7 @@ class Oracle:
         assert isinstance(self.result, EditResult)
         (score,) = (s for s in self.result.scores if (s.cell, s.edit) == (cell, index))
         continuation = list(self.result.continuations[cell])
-        k = generated_index(self.plan.edits[index].positions[0])
+        k = generated_index(self.plan.edits[index].intervention.positions[0])
         n = max(0, min(self.plan.window, len(continuation) - k))
         assert score.n_tokens == n
         if not n:
@@ -313,13 +313,15 @@ class Oracle:
         edits: Mapping[int, Mapping[int, Tensor]],
     ) -> None:
         own = self.plan.cells[cell]
-        sites = ("+".join(edit.positions), "+".join(map(str, edit.layers)))
+        said: tuple[object, ...] = (None, None, None, None)
+        if isinstance(write := edit.intervention, Write):
+            factors = (write.alpha, write.beta) if write.condition == STEER else (None, None)
+            said = ("+".join(write.positions), "+".join(map(str, write.layers)), *factors)
         (text,) = (
             text
             for text in self.result.texts
-            if (text.persona, text.task, text.condition) == (own.persona, own.task, edit.condition)
-            and (text.position, text.layers) == (sites if edit.layers else (None, None))
-            and (edit.condition != STEER or (text.alpha, text.beta) == (edit.alpha, edit.beta))
+            if (text.persona, text.task, text.condition) == (own.persona, own.task, edit.name)
+            and (text.position, text.layers, text.alpha, text.beta) == said
         )
         decoded = self.reference.tokenizer.decode(expected, skip_special_tokens=True)
         if text.text != decoded:

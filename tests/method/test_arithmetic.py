@@ -13,6 +13,7 @@ from persona_nnsight.method import kl as kl_module
 from persona_nnsight.method.conditions import (
     HOST,
     INJECT_CONDITIONS,
+    READS,
     STEER,
     SUBSTITUTE_CONDITIONS,
 )
@@ -48,7 +49,17 @@ def test_vectors(condition: str, expected: list[float]) -> None:
     assert edit_vector(condition, H).tolist() == expected
 
 
+@pytest.mark.parametrize("condition", READS)
+def test_a_formula_reads_these_residuals_and_no_others(condition: str) -> None:
+    read, noise = {key: H[key] for key in READS[condition]}, torch.ones(3)
+    edit_vector(condition, read, noise=noise)
+    for key in read:
+        with pytest.raises(KeyError, match=key):
+            edit_vector(condition, {k: h for k, h in read.items() if k != key}, noise=noise)
+
+
 def test_every_condition_has_a_vector() -> None:
+    assert READS.keys() == {*SUBSTITUTE_CONDITIONS, *INJECT_CONDITIONS, STEER}
     noise = torch.ones(3)
     for condition in [*SUBSTITUTE_CONDITIONS, *INJECT_CONDITIONS]:
         assert edit_vector(condition, H, noise=noise).shape == (3,)

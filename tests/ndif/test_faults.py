@@ -28,6 +28,8 @@ from persona_nnsight.backends.ndif.backend import NdifBackend
 from persona_nnsight.backends.ndif.server import Answer, Server
 from persona_nnsight.engine.run import run
 from persona_nnsight.experiments.substitute import Substitute
+from persona_nnsight.plan.interventions import Write
+from persona_nnsight.plan.plan import Edit
 
 pytestmark = pytest.mark.ndif
 
@@ -279,7 +281,8 @@ def test_a_value_that_is_not_finite_is_said_as_on_this_machine(
 def test_a_job_that_raises(ndif: NdifServer, deployed: Path) -> None:
     model = load_model(str(deployed), weights=False)
     plan = Substitute(layers=(2,), positions="p_last", conditions="bb").plan(model, TINY_GRID)
-    beyond = replace(plan, layers=(99,), edits=(replace(plan.edits[0], layers=(99,)),))
+    far = Write("bb", ("p_last",), (99,))
+    beyond = replace(plan, layers=(99,), edits=(Edit(far),))
     backend = NdifBackend(model, Server(ndif.url))
     with pytest.raises(
         PersonaError, match=r"A job of 2 cells failed on .* \(AttributeError: "

@@ -9,6 +9,7 @@ from itertools import pairwise
 import pytest
 from trees import plan_of
 
+from persona_nnsight.plan.interventions import Write
 from persona_nnsight.plan.plan import CellPlan, Edit
 from persona_nnsight.plan.prefix_tree import PrefixTree, Segment, lay_out, prefix_tree
 
@@ -217,7 +218,7 @@ def test_a_tree_holds_the_prompts_of_its_cells_without_their_tail(tail: int) -> 
     [
         (("p_last",), (), 3),
         (("p_last", "g4"), (), 7),
-        (("p_last", "g4"), (Edit("clean", ("p_last",), (0,), generate=20),), 20),
+        (("p_last", "g4"), (Edit(Write("clean", ("p_last",), (0,)), generate=20),), 20),
     ],
 )
 def test_nothing_is_shared_where_a_window_may_slide(

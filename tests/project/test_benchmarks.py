@@ -25,6 +25,7 @@ from benchmarks.remote import job_bytes
 from benchmarks.work import Shapes, Work, shapes_of
 from benchmarks.workloads import ROWS, Grids, Subset, Workload, spread, subset_of
 from cells import TINY_GRID, reference_of
+from edits import written_sites
 from reference import grid_prompts
 from rounding import KL32, assert_close, tolerance
 from tiny import N_LAYERS, VOCAB_SIZE, Tiny
@@ -35,6 +36,7 @@ from persona_nnsight.experiments.capture import Capture
 from persona_nnsight.experiments.inject import Inject
 from persona_nnsight.experiments.markers import Markers
 from persona_nnsight.experiments.substitute import Substitute
+from persona_nnsight.plan.interventions import Unedited, Write
 from persona_nnsight.plan.plan import CellPlan, Edit, Plan
 from persona_nnsight.prompts.prompt import Prompt
 
@@ -90,7 +92,7 @@ NODES = 1 + 2 + 4 + 4 + 2
 
 
 def test_floor_of_a_substitution_by_hand() -> None:
-    edits = (Edit("additive", ("p_last",), (2,)), Edit("additive", ("g2",), (4,)))
+    edits = (Edit(Write("additive", ("p_last",), (2,))), Edit(Write("additive", ("g2",), (4,))))
     parts = floor_parts(small_plan(edits=edits), n_layers=6)
     assert parts == {
         "prompts": Work(NODES * 6),
@@ -102,7 +104,7 @@ def test_floor_of_a_substitution_by_hand() -> None:
 
 
 def test_floor_starts_at_the_end_of_the_user_turn() -> None:
-    edit = Edit("additive", ("p_user_last",), (2,))
+    edit = Edit(Write("additive", ("p_user_last",), (2,)))
     parts = floor_parts(small_plan(edits=(edit,), positions=("p_user_last",)), n_layers=6)
     assert parts["edited"] == Work((2 + 2) * 4, 3)  # user_last, p_last, two continuation tokens
     assert parts["forced"] == Work()
@@ -110,8 +112,8 @@ def test_floor_starts_at_the_end_of_the_user_turn() -> None:
 
 def test_floor_of_an_injection_by_hand() -> None:
     edits = (
-        Edit("host", ("p_last",), (), host="BY"),
-        Edit("cached", ("p_last",), (1, 4), host="BY"),
+        Edit(Unedited("host", ("p_last",)), host="BY"),
+        Edit(Write("cached", ("p_last",), (1, 4)), host="BY"),
     )
     parts = floor_parts(small_plan(edits=edits, positions=("p_last",)), n_layers=6)
     assert parts["forced"] == Work(2 * 6, 3)  # the host's window: two tokens are fed
@@ -120,9 +122,9 @@ def test_floor_of_an_injection_by_hand() -> None:
 
 def test_floor_of_texts_by_hand() -> None:
     edits = (
-        Edit("clean", ("p_last",), (), scored=False, generate=7),
-        Edit("additive", ("p_last",), (2,), scored=False, generate=7),
-        Edit("bare", ("p_last",), (), host="Y", scored=False, generate=7),
+        Edit(Unedited("clean", ("p_last",)), scored=False, generate=7),
+        Edit(Write("additive", ("p_last",), (2,)), scored=False, generate=7),
+        Edit(Unedited("bare", ("p_last",)), host="Y", scored=False, generate=7),
     )
     plan = small_plan(edits=edits, positions=("p_last",), window=1)
     parts = floor_parts(plan, n_layers=6)
@@ -135,7 +137,7 @@ def test_floor_of_texts_by_hand() -> None:
 
 
 def test_floor_of_a_continuation_that_ended_early() -> None:
-    edits = (Edit("additive", ("p_last",), (2,)), Edit("additive", ("g2",), (2,)))
+    edits = (Edit(Write("additive", ("p_last",), (2,))), Edit(Write("additive", ("g2",), (2,))))
     parts = floor_parts(small_plan(edits=edits), 6, Lengths((2,), {}))
     assert parts["unedited"] == Work(1 * 6, 2)
     assert parts["forced"] == Work(3 * 2 * 6)
@@ -192,13 +194,13 @@ def test_the_procedure_finds_the_references_numbers(tiny: Tiny, family: str) -> 
     prompts = grid_prompts(cell.persona.text, cell.task.text, "someone", "give some advice.")
 
     plan = Substitute(layers="2,4", positions="p_user_last,p_last,g2").plan(model, TINY_GRID)
-    additive = [n for n, edit in enumerate(plan.edits) if edit.condition == "additive"]
+    additive = [n for n, edit in enumerate(plan.edits) if edit.name == "additive"]
     continuation = reference.continuation(prompts, plan.positions)
     found = mine.run_cell(plan, 3, additive, continuation)
     assert list(found.continuation) == continuation
     assert len(found.kls) == 6
     for number, value in found.kls.items():
-        position, layer = plan.edits[number].positions[0], plan.edits[number].layers[0]
+        ((_, position, layer),) = written_sites(plan.edits[number])
         expected = reference.substitution_kl(prompts, position, layer, "additive", continuation)
         assert value == pytest.approx(expected.kl, abs=KL32)
     residual = reference.residual(
@@ -212,7 +214,8 @@ def test_the_procedure_finds_the_references_numbers(tiny: Tiny, family: str) -> 
     found = mine.run_cell(plan, 3, range(len(plan.edits)), continuation[:10])
     for number, value in found.kls.items():
         edit = plan.edits[number]
-        one = reference.injection_kl(prompts, edit.layers, edit.condition, continuation)
+        layers = [layer for _, _, layer in written_sites(edit)]
+        one = reference.injection_kl(prompts, layers, edit.name, continuation)
         assert value == pytest.approx(one.kl, abs=KL32)
 
     plan = Markers(layers="2", tokens=7).plan(model, MARKED)

@@ -110,7 +110,7 @@ def test_the_protocol(tiny: Tiny) -> None:
     for table in ("table3", "table4"):  # the review tasks alone
         assert [cell.task for cell in studies[table].plan.cells] == ["arch", "plan"] * 3
     texts = studies["table3"].plan.edits
-    assert [(edit.condition, edit.host, edit.generate) for edit in texts] == [
+    assert [(edit.name, edit.host, edit.generate) for edit in texts] == [
         *(("clean", "XY", 80), ("additive", "XY", 80), ("remove_x", "XY", 80), ("bare", "Y", 80))
     ]
     assert {edit.host for edit in studies["table4"].plan.edits} == {"BY"}
@@ -120,7 +120,7 @@ def test_tables_are_those_of_the_commands(tiny: Tiny, made: Reproduction) -> Non
     """Shared work changes nothing: each table is what its own command gives."""
     model, reviews = tiny("llama"), LONG.select(None, ["arch", "plan"])
     table2 = made.studies["table2"].plan
-    conditions = list(dict.fromkeys(edit.condition for edit in table2.edits))
+    conditions = list(dict.fromkeys(edit.name for edit in table2.edits))
     layers = tuple(table2.layers)
     alone = substitute(model, LONG, layers=layers, conditions=conditions)
     assert_same_table(made.results["table2"].frame(), alone.frame(), KL32)

@@ -118,6 +118,6 @@ def _table(result: EditResult) -> RenderableType:
             key = (row["condition"], *((row["alpha"], row["beta"]) if steers else (0, 0)))
             cells.append(str(found.get(key, "")))
         table.add_row(*cells)
-    written = next(edit for edit in result.plan.edits if edit.condition == "steer")
-    sites = f"layer {'+'.join(map(str, written.layers))}, {'+'.join(written.positions)}"
+    written = next(edit for edit in result.plan.edits if edit.name == "steer")
+    sites = "layer {layers}, {position}".format_map(written.columns)
     return titled(f"KL to the clean XY run over cells, in nats; written at {sites}", table)
