@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import math
 from collections.abc import Mapping
 from contextlib import ExitStack, closing
@@ -14,7 +13,7 @@ from rich.rule import Rule
 from rich.table import Table
 
 from persona_cli import options as o
-from persona_cli.console import note_step, notes, output
+from persona_cli.console import note_step, notes, output, show_json
 from persona_cli.numbers import percent, span
 from persona_cli.pending import is_pending, note_pending
 from persona_cli.progress import progress_bar
@@ -110,7 +109,7 @@ def reproduce(
             ]
             tables = [[study.table for study in found] for found in passes]
             data = [{"tables": t, **cost} for t, cost in zip(tables, costs, strict=True)]
-            print(json.dumps({"command": "reproduce", "passes": data}, indent=1))
+            show_json({"command": "reproduce", "passes": data})
             return
         for found in passes:
             title = "; ".join(TITLES[study.table] for study in found)
@@ -147,7 +146,7 @@ def reproduce(
     note_step("Drawing the figures")
     write_report([ready.out])
     if run.as_json:
-        print(json.dumps(_summary(made, ready.out), indent=1, ensure_ascii=False))
+        show_json(_summary(made, ready.out))
     else:
         for name, result in made.results.items():
             output().print(Rule(TITLES[name], align="left", style="dim"))
