@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import shlex
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from importlib.metadata import version
 from pathlib import Path
@@ -175,16 +176,21 @@ def note_pending(directory: Path, *, as_json: bool, interrupted: bool = False) -
     from persona_nnsight.backends.ndif.ledger import BACKEND, Ledger
     from persona_nnsight.storage.journal import Journal
 
-    collect = f"`persona resume {directory}`"
+    again = f"persona resume {directory}"
     ids: list[str] = []
     journal = Journal.load(directory)
     if journal.backend == BACKEND:
-        ids = [job.id for job in Ledger.of(journal).jobs.values() if job.id is not None]
+        from nnsight import CONFIG
+
+        ledger = Ledger.of(journal)
+        ids = [job.id for job in ledger.jobs.values() if job.id is not None]
+        if ledger.host != CONFIG.API.HOST.rstrip("/"):  # then it is to be confirmed
+            again += f" --ndif-host {shlex.quote(ledger.host)}"
         sent = "Interrupted; the jobs that were sent go on."
         what = sent if interrupted else "The jobs are sent."
-        advice = f"`persona jobs {directory}` shows them, {collect} collects them."
+        advice = f"`persona jobs {directory}` shows them, `{again}` collects them."
     else:
-        what, advice = "Interrupted; what was finished is kept.", f"{collect} goes on."
+        what, advice = "Interrupted; what was finished is kept.", f"`{again}` goes on."
     if as_json:
         show_json({"complete": False, "out": str(directory), "jobs": ids})
     else:

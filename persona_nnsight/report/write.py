@@ -11,7 +11,7 @@ from pathlib import Path
 from jinja2 import Environment, PackageLoader, StrictUndefined
 from markupsafe import Markup
 
-from persona_nnsight.errors import PersonaError
+from persona_nnsight.errors import PersonaError, escaped
 from persona_nnsight.report.blocks import RunPage
 from persona_nnsight.report.figures.canvas import save
 from persona_nnsight.report.reading import read_run
@@ -76,6 +76,7 @@ def render(pages: Sequence[RunPage]) -> str:
     environment = Environment(
         loader=PackageLoader("persona_nnsight.report"),
         autoescape=True,
+        finalize=_shown,
         undefined=StrictUndefined,
         trim_blocks=True,
         lstrip_blocks=True,
@@ -88,6 +89,11 @@ def render(pages: Sequence[RunPage]) -> str:
         generator=Markup(_GENERATOR),
         policy=Markup(_POLICY),
     )
+
+
+def _shown(value: object) -> object:
+    """A text in the page: what a browser would obey or hide is shown; our own HTML has none."""
+    return escaped(value) if isinstance(value, str) and not isinstance(value, Markup) else value
 
 
 def _write(out: Path, html: str, pages: Sequence[RunPage]) -> None:
