@@ -165,7 +165,7 @@ class Journal:
         try:
             our_directory(self.directory, ANOTHER_OUT)
             with workshop(self.directory) as made:
-                text = json.dumps(data, indent=1, ensure_ascii=False)
+                text = json.dumps(data, indent=1)  # in ASCII: a path may have halves of letters
                 (made / PENDING).write_text(text + "\n", encoding="utf-8")
                 put(made / PENDING, self.directory / PENDING)
         except OSError as error:

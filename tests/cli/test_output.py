@@ -79,7 +79,7 @@ def test_words_of_a_server(persona: Persona, fake: FakeNdif, tiny_dir: TinyDir) 
     assert "[/x][bold]:smile:" in outcome.out
 
 
-@pytest.mark.parametrize("identity", ["[/x]", POISON, "../../status?x#y", "a b"])
+@pytest.mark.parametrize("identity", ["[/x]", POISON[:-1], "../../status?x#y", "a b"])
 def test_an_id_of_a_server(
     persona: Persona, fake: FakeNdif, tiny_dir: TinyDir, identity: str
 ) -> None:
@@ -231,6 +231,17 @@ def test_grids_and_vectors(persona: Persona, a_run: Path) -> None:
     assert_one_sentence(outcome := persona("grids", "check", "bad.yaml"))
     harmless(outcome)
     assert persona("vectors", a_run.parent / "vectors.safetensors").code == 0
+
+
+def test_a_name_that_is_no_text(persona: Persona, tiny_dir: TinyDir) -> None:
+    """A path with a byte that is no UTF-8, as the system hands it over."""
+    out = os.fsdecode(b"run\xff")
+    run = ("capture", "-m", tiny_dir("llama"), "-g", "grid.yaml", *WHERE, "-o", out)
+    outcome = persona(*run)
+    assert outcome.code == 0, outcome.err
+    harmless(outcome)
+    assert json.loads(Path(out, "run.json").read_text("utf-8"))["argv"][-1] == out
+    harmless(persona("report", out))
 
 
 def test_names_on_the_command_line(persona: Persona, tiny_dir: TinyDir) -> None:

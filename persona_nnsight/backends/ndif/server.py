@@ -363,6 +363,7 @@ class Server:
 
     def _scrubbed(self, data: Any) -> Any:
         if isinstance(data, str):
+            data = data.encode(errors="replace").decode()  # JSON can hold halves of letters
             return data.replace(self._secret, "***") if self._secret else data
         if isinstance(data, dict):
             return {self._scrubbed(name): self._scrubbed(value) for name, value in data.items()}
