@@ -268,6 +268,10 @@ def test_the_jobs_of_another_host(command: Command, fake: FakeNdif, persona: Per
     assert fake.posts == 2
 
 
+def change_host(host: str) -> None:
+    change_pending(lambda pending: pending["state"].update(host=host))
+
+
 def test_a_directory_does_not_say_where_the_key_goes(
     command: Command, fake: FakeNdif, persona: Persona
 ) -> None:
@@ -276,7 +280,7 @@ def test_a_directory_does_not_say_where_the_key_goes(
     assert command("--detach").code == 0
     with FakeNdif() as other:
         for host in ("https://elsewhere.invalid", other.url, "http://localhost:1; touch ran"):
-            change_pending(lambda pending, host=host: pending["state"].update(host=host))
+            change_host(host)
             assert_one_sentence(outcome := persona("resume", "run"))
             assert f"add --ndif-host {shlex.quote(host)}" in outcome.err
             assert_one_sentence(persona("resume", "run", "--ndif-host", fake.url), "--ndif-host")

@@ -276,7 +276,7 @@ def printed(encoding: str, *arguments: object) -> tuple[int, bytes, bytes]:
         sys.stdout, sys.stderr = before
     for stream in streams:
         stream.flush()
-    out, err = (stream.buffer.getvalue() for stream in streams)  # type: ignore[attr-defined]
+    out, err = (stream.buffer.getvalue() for stream in streams)
     return int(stopped.value.code or 0), out, err
 
 
@@ -296,15 +296,15 @@ def test_help(encoding: str) -> None:
 def test_commands(encoding: str, tiny_dir: TinyDir, a_run: Path) -> None:
     """Every command, its results in words, as JSON and as a plan."""
     shutil.copytree(a_run, "finished")
-    model = ("-m", tiny_dir("llama"), "--persona", "a ☃ é", "--task", "say ‖Δ‖", *WHERE)
+    model = ("-m", tiny_dir("llama"), "--persona", "a ☃ é", "--task", "say ‖Δ‖", "-l", "2")
     short = ("--conditions", "additive", "--window", 2)
     vectors = a_run.parent / "vectors.safetensors"
     runs: dict[str, tuple[object, ...]] = {
-        "capture": ("capture", *model),
-        "substitute": ("substitute", *model, *short),
+        "capture": ("capture", *model, "-p", "p_last"),
+        "substitute": ("substitute", *model, "-p", "p_last", *short),
         "inject": ("inject", *model, *short),
-        "steer": ("steer", *model, "--alpha", "1", "--beta", "1", "--window", 2),
-        "markers": ("markers", *model, "--tokens", 2),
+        "steer": ("steer", *model, "-p", "p_last", "--alpha", "1", "--beta", "1", "--window", 2),
+        "markers": ("markers", *model, "-p", "p_last", "--tokens", 2),
     }
     for name, run in runs.items():
         for more in ((), ("--json",), ("--dry-run",), ("--dry-run", "--json"), ("-v",)):

@@ -66,7 +66,8 @@ def test_what_a_lock_says_is_a_number(tmp_path: Path) -> None:
 
 def test_a_lock_that_is_removed_meanwhile(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Between opening and locking, its holder lets go: locked is the file that has the name."""
-    path, flock, times = tmp_path / ".lock", fcntl.flock, []
+    path, flock = tmp_path / ".lock", fcntl.flock
+    times: list[int] = []
 
     def late(handle: int, operation: int) -> None:
         if not times:
@@ -150,7 +151,8 @@ def test_of_two_at_once_none_or_one_goes_on(
     no_locks()
     from persona_nnsight.storage import lock
 
-    look, inner = lock._others, []
+    look = lock._others
+    inner: list[bool] = []
 
     def interleaved(path: Path, mine: Path) -> Any:
         if not inner:

@@ -18,7 +18,8 @@ from persona_nnsight.errors import OutOfMemoryError, PersonaError
 from persona_nnsight.plan.costs import Limits
 from persona_nnsight.plan.events import Done, Event, Recorded, Scored, Written
 from persona_nnsight.storage import kept_events
-from persona_nnsight.storage.journal import Journal, hold
+from persona_nnsight.storage.journal import Journal
+from persona_nnsight.storage.lock import hold
 
 #: Chunks of two cells and batches of three rows: a stop falls within each.
 SMALL = Limits(cells=2, rows=3, tokens=64)
