@@ -26,6 +26,34 @@ def quoted(value: object, most: int = 60) -> str:
     return repr(text)
 
 
+#: What a terminal or a page would obey: control characters, also those above 127; what turns the
+#: direction of the letters that follow, or ends a line unseen; and halves of letters.
+_OBEYED = re.compile("[\x00-\x1f\x7f-\x9f\u2028-\u202e\u2066-\u2069\ud800-\udfff]")
+_SHORT = {"\n": "\\n", "\t": "\\t", "\r": "\\r"}
+
+
+def escaped(text: str, keep: str = "\n\t") -> str:
+    r"""A text that somebody else may have written, as it may be shown: it moves and hides nothing.
+
+    Args:
+        text: any.
+        keep: the control characters that stay as they are.
+
+    >>> print(escaped("job \x1b[2J\x9b1m\n\u202e\ud800"))
+    job \x1b[2J\x9b1m
+    \u202e\ud800
+    """
+
+    def number(found: re.Match[str]) -> str:
+        letter = found[0]
+        if letter in keep:
+            return letter
+        code = ord(letter)
+        return _SHORT.get(letter) or (f"\\x{code:02x}" if code < 256 else f"\\u{code:04x}")
+
+    return _OBEYED.sub(number, text)
+
+
 _ERROR_CLASS = re.compile(r"^\w*(Error|Exception): ")
 
 

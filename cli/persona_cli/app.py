@@ -22,9 +22,11 @@ from persona_cli.commands import (
     resume,
     vectors,
 )
+from persona_cli.console import complain, lasting_streams, say
 from persona_cli.option_groups import expand_groups
 from persona_nnsight.errors import PersonaError, quoted
 from persona_nnsight.experiments.registry import NAMES
+from persona_nnsight.storage.run_directory import release_unused
 
 app = typer.Typer(
     no_args_is_help=True,
@@ -51,7 +53,7 @@ def _show_version(wanted: bool) -> None:
     if wanted:
         from importlib.metadata import version
 
-        print(f"persona-nnsight {version('persona-nnsight')}")
+        say(f"persona-nnsight {version('persona-nnsight')}")
         raise typer.Exit
 
 
@@ -75,23 +77,42 @@ def persona(
 
 
 def main(arguments: list[str] | None = None) -> None:
-    """Run the command line; bad input is one sentence on standard error and exit code 2."""
+    """Run the command line; bad input is one sentence on standard error and exit code 2.
+
+    Output that cannot be written is one, too, with exit code 1, after the work is done and saved.
+    """
     # Read by torch when it first allocates: large tensors in large pages, where the system leaves
     # the choice to programs (Linux), save a tenth of a run's time.
     os.environ.setdefault("THP_MEM_ALLOC_ENABLE", "1")
     words = sys.argv[1:] if arguments is None else arguments
     typed.set(tuple(words))
+    with lasting_streams() as lost:
+        try:
+            code = _run(arguments, words)
+        finally:
+            release_unused()
+        if (reason := lost()) is not None:
+            complain(
+                f"Standard output cannot be written ({reason.strerror}); what the command saves is "
+                "saved, and what it says is lost."
+            )
+            code = code or 1
+    sys.exit(code)
+
+
+def _run(arguments: list[str] | None, words: Sequence[str]) -> int:
+    """Run the command line, and return its exit code."""
     try:
-        sys.exit(app(arguments, prog_name="persona", standalone_mode=False) or 0)
+        return app(arguments, prog_name="persona", standalone_mode=False) or 0
     except PersonaError as error:
-        print(f"persona: {error}", file=sys.stderr)
-        sys.exit(2)
+        complain(error)
+        return 2
     except _UsageError as error:
         if type(error).__name__ != "NoArgsIsHelpError":  # then the help was shown
-            print(f"persona: {_usage(error, words)}", file=sys.stderr)
-        sys.exit(2)
+            complain(_usage(error, words))
+        return 2
     except typer.Abort:
-        sys.exit(1)
+        return 1
 
 
 #: What a command line that does not fit the options raises; Typer does not export its name.

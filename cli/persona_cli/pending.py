@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import shlex
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from importlib.metadata import version
 from pathlib import Path
@@ -12,7 +13,7 @@ from typing import TYPE_CHECKING, Any, NoReturn
 import typer
 
 from persona_cli.command_line import typed
-from persona_cli.console import notes
+from persona_cli.console import note, say, show_json
 from persona_cli.options import BackendOptions, ModelOptions
 from persona_nnsight.errors import PersonaError
 from persona_nnsight.storage.run_directory import PENDING, check_free
@@ -113,8 +114,9 @@ def _journal(out: Path, backend: str, where: BackendOptions, subject: Mapping[st
     from persona_nnsight.storage.journal import Journal, Origin
 
     if where.resume is None:
-        return Journal(out, backend, Origin(typed.get(), os.getcwd(), subject))
+        return Journal(out, backend, Origin(typed.get(), os.getcwd(), subject), notify=note)
     journal = Journal.load(out)
+    journal.notify = note
     before = {} if journal.origin is None else journal.origin.subject
     if changed := list(_differences(before, json.loads(json.dumps(subject)))):
         more = f"; and {len(changed) - _SHOWN} more" if len(changed) > _SHOWN else ""
@@ -172,21 +174,27 @@ def note_pending(directory: Path, *, as_json: bool, interrupted: bool = False) -
     from persona_nnsight.backends.ndif.ledger import BACKEND, Ledger
     from persona_nnsight.storage.journal import Journal
 
-    collect = f"`persona resume {directory}`"
+    again = f"persona resume {directory}"
     ids: list[str] = []
     journal = Journal.load(directory)
     if journal.backend == BACKEND:
-        ids = [job.id for job in Ledger.of(journal).jobs.values() if job.id is not None]
+        from nnsight import CONFIG
+
+        ledger = Ledger.of(journal)
+        ids = [job.id for job in ledger.jobs.values() if job.id is not None]
+        if ledger.host != CONFIG.API.HOST.rstrip("/"):  # then it is to be confirmed
+            again += f" --ndif-host {shlex.quote(ledger.host)}"
         sent = "Interrupted; the jobs that were sent go on."
         what = sent if interrupted else "The jobs are sent."
-        advice = f"`persona jobs {directory}` shows them, {collect} collects them."
+        advice = f"`persona jobs {directory}` shows them, `{again}` collects them."
     else:
-        what, advice = "Interrupted; what was finished is kept.", f"{collect} goes on."
+        what, advice = "Interrupted; what was finished is kept.", f"`{again}` goes on."
     if as_json:
-        print(json.dumps({"complete": False, "out": str(directory), "jobs": ids}, indent=1))
-    elif ids:
-        print("\n".join(ids))
-    notes.print(f"{what} {advice}", markup=False, soft_wrap=True)
+        show_json({"complete": False, "out": str(directory), "jobs": ids})
+    else:
+        for identity in ids:
+            say(identity)
+    note(f"{what} {advice}")
     raise typer.Exit(130 if interrupted else 0)
 
 

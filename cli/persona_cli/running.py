@@ -15,7 +15,7 @@ from rich.console import RenderableType
 from rich.table import Table
 from rich.text import Text
 
-from persona_cli.console import note_step, notes, output, spinner
+from persona_cli.console import note_step, notes, output, show_json, spinner
 from persona_cli.options import BackendOptions, ModelOptions, RunOptions
 from persona_cli.pending import (
     check_model_options,
@@ -211,13 +211,13 @@ def run_experiment(
     )
     result: R = results[0]
     if run.as_json:
-        print(json.dumps(_summary(result, ready.out), indent=1, ensure_ascii=False))
+        show_json(_summary(result, ready.out))
     else:
         output().print(show(result))
         show_findings(result)
         show_files(ready.out)
         for path in more:
-            output().print(str(path), markup=False, soft_wrap=True)
+            output().print(str(path), soft_wrap=True)
     if run.verbose:
         first, total = result.seconds["first_cells_recorded"], result.seconds["total"]
         notes.print(f"first cells recorded after {first:.1f} s, all done after {total:.1f} s")
@@ -255,7 +255,7 @@ def show_costs(
 
     if run.as_json and run.dry_run:
         summary = {"command": plan.command, **cost_summary(model, plan, grid, options, where)}
-        print(json.dumps(summary, indent=1, ensure_ascii=False))
+        show_json(summary)
         return
     limits = make_backend(model, where, options.dtype).limits(plan)
     cost = estimate(plan, model, limits)
@@ -342,4 +342,4 @@ def show_findings(result: Result) -> None:
 def show_files(directory: Path) -> None:
     """Print where a run went and what it holds."""
     names = ", ".join(sorted(path.name for path in directory.iterdir()))
-    output().print(f"\n{directory}/: {names}", markup=False, soft_wrap=True)
+    output().print(f"\n{directory}/: {names}", soft_wrap=True)

@@ -116,7 +116,10 @@ class Result:
             complete=self.complete,
             where=self.where,
         )
-        with open(directory / RUN, "w", encoding="utf-8") as file:  # of many cells it is long
+        # Halves of letters, which a path may have, are written by their numbers, as JSON has them.
+        escape = "backslashreplace"
+        with open(directory / RUN, "w", encoding="utf-8", errors=escape) as file:
+            # Not as one text: of many cells it is long.
             json.dump(manifest, file, indent=1, ensure_ascii=False)
             file.write("\n")
 

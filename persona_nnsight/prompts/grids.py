@@ -30,7 +30,7 @@ from typing import Any
 
 import yaml
 
-from persona_nnsight.errors import PersonaError, quoted
+from persona_nnsight.errors import PersonaError, escaped, quoted
 from persona_nnsight.prompts.strict_yaml import parse_yaml, read_small_file
 
 DEFAULT_TEMPLATE = "As {persona}, {task}"
@@ -181,9 +181,18 @@ class Grid:
             },
         }
 
-    def to_yaml(self) -> str:
-        """Write the whole grid, whatever is selected, as YAML that `load` accepts."""
-        text: str = yaml.safe_dump(self.to_dict(), sort_keys=False, allow_unicode=True, width=88)
+    def to_yaml(self, *, ascii_only: bool = False) -> str:
+        """Write the whole grid, whatever is selected, as YAML that `load` accepts.
+
+        Letters are written by their numbers with `ascii_only`, or where one of them would not show.
+        """
+        text = self._dump(allow_unicode=True)
+        return self._dump(allow_unicode=False) if ascii_only or escaped(text) != text else text
+
+    def _dump(self, *, allow_unicode: bool) -> str:
+        text: str = yaml.safe_dump(
+            self.to_dict(), sort_keys=False, allow_unicode=allow_unicode, width=88
+        )
         return text
 
     def select(

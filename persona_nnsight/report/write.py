@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import os
 import re
-import tempfile
 from collections.abc import Sequence
 from importlib.resources import files
 from pathlib import Path
@@ -12,11 +11,13 @@ from pathlib import Path
 from jinja2 import Environment, PackageLoader, StrictUndefined
 from markupsafe import Markup
 
-from persona_nnsight.errors import PersonaError
+from persona_nnsight.errors import PersonaError, escaped
 from persona_nnsight.pages.blocks import RunPage
 from persona_nnsight.pages.figures.canvas import save
 from persona_nnsight.report.reading import read_run
 from persona_nnsight.report.sections import pictures, run_page
+from persona_nnsight.storage.files import our_directory, put, workshop
+from persona_nnsight.storage.run_directory import ANOTHER_OUT
 
 _PAGE = "report.html"
 #: How a page says that it is ours, and which figures belong to it.
@@ -75,6 +76,7 @@ def render(pages: Sequence[RunPage]) -> str:
     environment = Environment(
         loader=PackageLoader("persona_nnsight.report"),
         autoescape=True,
+        finalize=_shown,
         undefined=StrictUndefined,
         trim_blocks=True,
         lstrip_blocks=True,
@@ -89,29 +91,34 @@ def render(pages: Sequence[RunPage]) -> str:
     )
 
 
+def _shown(value: object) -> object:
+    """A text in the page: what a browser would obey or hide is shown; our own HTML has none."""
+    return escaped(value) if isinstance(value, str) and not isinstance(value, Markup) else value
+
+
 def _write(out: Path, html: str, pages: Sequence[RunPage]) -> None:
     """Build the report beside its place, then move it there; the page last."""
-    out.mkdir(parents=True, exist_ok=True)
+    our_directory(out, ANOTHER_OUT)
     old = _figures_of(out / _PAGE)
-    with tempfile.TemporaryDirectory(prefix=".report-", dir=out) as partial:
-        built = Path(partial)
-        (built / "figures").mkdir()
+    figures = out / "figures"
+    our_directory(figures, ANOTHER_OUT, named=False)
+    with workshop(out) as built:
         for page in pages:
             for picture in pictures(page):
-                save(picture.figure, built / "figures", picture.stem)
+                save(picture.figure, built, picture.stem)
+        new = sorted(os.listdir(built))
         (built / _PAGE).write_text(html, encoding="utf-8", newline="\n")
-        figures = out / "figures"
-        figures.mkdir(exist_ok=True)
-        new = sorted(os.listdir(built / "figures"))
         for name in new:
-            os.replace(built / "figures" / name, figures / name)
-        os.replace(built / _PAGE, out / _PAGE)
+            put(built / name, figures / name)
+        put(built / _PAGE, out / _PAGE)
     for name in old - set(new):
         (figures / name).unlink(missing_ok=True)
 
 
 def _figures_of(page: Path) -> set[str]:
     """The files of the figures of an earlier report; none where the page is not ours."""
+    if not page.is_file():
+        return set()
     try:
         html = page.read_text(encoding="utf-8")
     except (FileNotFoundError, ValueError):

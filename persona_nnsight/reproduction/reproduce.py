@@ -79,7 +79,9 @@ class Reproduction:
             where=self.where,
         )
         text = json.dumps(manifest, indent=1, ensure_ascii=False)
-        (directory / "run.json").write_text(text + "\n", encoding="utf-8")
+        (directory / "run.json").write_text(
+            text + "\n", encoding="utf-8", errors="backslashreplace"
+        )
 
 
 def plan_reproduction(

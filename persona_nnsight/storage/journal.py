@@ -4,7 +4,7 @@ Its directory holds these until the tables can be written:
 
 * ``pending.json``: how to go on (`Origin`), and what the backend has to remember. It is written
   anew, whole, so it is the old or the new one after a crash.
-* ``.lock``: held by the process that works on the run.
+* ``.lock``: held by the process that works on the run (`persona_nnsight.storage.lock`).
 * ``parts/NAME.safetensors``: finished events (`persona_nnsight.plan.packing`), whole or not
   there at all. Nothing in them is pickled.
 """
@@ -12,26 +12,27 @@ Its directory holds these until the tables can be written:
 from __future__ import annotations
 
 import json
-import os
-import shutil
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import suppress
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
-from typing import IO, Any
+from typing import Any
 
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
 from persona_nnsight.errors import PersonaError
-from persona_nnsight.storage.files import sync
-from persona_nnsight.storage.run_directory import LOCK, PARTS, PENDING, RUN
-
-try:
-    import fcntl
-except ImportError:  # Windows has other locks; there nothing guards a directory
-    fcntl = None  # type: ignore[assignment]
+from persona_nnsight.storage.files import (
+    check_ours,
+    clear_partial,
+    our_directory,
+    put,
+    remove,
+    workshop,
+)
+from persona_nnsight.storage.lock import LOCK, Hold, hold
+from persona_nnsight.storage.run_directory import ANOTHER_OUT, PARTS, PENDING, RUN
 
 _FORMAT = 2
 
@@ -66,6 +67,7 @@ class Journal:
         origin: how the run was started; None where no command did.
         state: what the backend remembers, JSON-like data.
         loaded: whether it was read from a directory, and is not of this process's making.
+        notify: told what the user should know of the directory.
     """
 
     directory: Path
@@ -73,7 +75,8 @@ class Journal:
     origin: Origin | None = None
     state: dict[str, Any] = field(default_factory=dict)
     loaded: bool = field(default=False, compare=False)
-    _lock: IO[str] | None = field(default=None, compare=False, repr=False)
+    notify: Callable[[str], None] = field(default=lambda _: None, compare=False, repr=False)
+    _lock: Hold | None = field(default=None, compare=False, repr=False)
 
     @classmethod
     def load(cls, directory: Path) -> Journal:
@@ -113,15 +116,18 @@ class Journal:
         """Take the directory for this process, and make it where it is not there.
 
         Raises:
-            PersonaError: another process has it.
+            PersonaError: another process has it, or it is not ours.
             JournalError: it cannot be written.
         """
         if self._lock is not None:
             return
         made = not self.directory.exists()
         try:
-            self.directory.mkdir(parents=True, exist_ok=True)
-            self._lock = hold(self.directory / LOCK)
+            our_directory(self.directory, ANOTHER_OUT)
+            with suppress(FileNotFoundError):
+                check_ours(self.directory / PARTS, ANOTHER_OUT, named=False)
+            self._lock = hold(self.directory / LOCK, self.notify)
+            clear_partial(self.directory)
         except OSError as error:
             raise self._unwritable(error) from error
         if not self.loaded and any((self.directory / name).exists() for name in (PENDING, RUN)):
@@ -141,8 +147,7 @@ class Journal:
     def release(self) -> None:
         """Let go of the directory."""
         if self._lock is not None:
-            (self.directory / LOCK).unlink(missing_ok=True)
-            self._lock.close()
+            self._lock.release()
             self._lock = None
 
     def save(self) -> None:
@@ -158,8 +163,11 @@ class Journal:
             "state": self.state,
         }
         try:
-            self.directory.mkdir(parents=True, exist_ok=True)
-            _replace(self.directory / PENDING, json.dumps(data, indent=1, ensure_ascii=False))
+            our_directory(self.directory, ANOTHER_OUT)
+            with workshop(self.directory) as made:
+                text = json.dumps(data, indent=1)  # in ASCII: a path may have halves of letters
+                (made / PENDING).write_text(text + "\n", encoding="utf-8")
+                put(made / PENDING, self.directory / PENDING)
         except OSError as error:
             raise self._unwritable(error) from error
 
@@ -170,17 +178,14 @@ class Journal:
             JournalError: they cannot be written.
         """
         path = self._part(name)
-        partial = path.with_suffix(".partial")
         try:
-            path.parent.mkdir(parents=True, exist_ok=True)
-            save_file(tensors, partial, metadata={"events": events})
-            sync(partial)
-            os.replace(partial, path)
-            sync(path.parent)
+            our_directory(self.directory, ANOTHER_OUT)
+            our_directory(path.parent, ANOTHER_OUT, named=False)
+            with workshop(path.parent) as made:
+                save_file(tensors, made / path.name, metadata={"events": events})
+                put(made / path.name, path)
         except (OSError, SafetensorError) as error:
             raise self._unwritable(error) from error
-        finally:
-            partial.unlink(missing_ok=True)
 
     def find(self, name: str) -> tuple[str, dict[str, Tensor]] | None:
         """The packed events of a part; None where it is not there, whole."""
@@ -203,8 +208,8 @@ class Journal:
 
     def discard(self) -> None:
         """Remove the journal, and the directory if nothing else is in it."""
-        (self.directory / PENDING).unlink(missing_ok=True)
-        shutil.rmtree(self.directory / PARTS, ignore_errors=True)
+        remove(self.directory / PENDING)
+        remove(self.directory / PARTS)
         self.release()
         with suppress(OSError):  # it was there before, or holds something
             self.directory.rmdir()
@@ -233,39 +238,3 @@ def _origin(data: Any) -> Origin:
     if not isinstance(argv, list):
         raise TypeError("argv is no list")
     return Origin(tuple(map(str, argv)), str(data["cwd"]), dict(data["subject"]))
-
-
-def _replace(path: Path, text: str) -> None:
-    """Write a file so that it is either the old or the new one, whatever happens."""
-    partial = path.with_name(f".{path.name}.partial")
-    try:
-        partial.write_text(text + "\n", encoding="utf-8")
-        sync(partial)
-        os.replace(partial, path)
-        sync(path.parent)
-    finally:
-        partial.unlink(missing_ok=True)
-
-
-def hold(path: Path) -> IO[str]:
-    """Open a file that one process at a time can hold; closing it lets it go.
-
-    Raises:
-        PersonaError: another process holds it; says which.
-    """
-    file = open(path, "a+", encoding="utf-8")  # noqa: SIM115 - open for as long as it is held
-    try:
-        if fcntl is not None:
-            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except BlockingIOError:
-        file.seek(0)
-        holder = file.read().strip() or "unknown"
-        file.close()
-        raise PersonaError(
-            f"The run in {str(path.parent)!r} is being worked on by process {holder}; wait for it, "
-            "or stop it."
-        ) from None
-    file.truncate(0)
-    file.write(f"{os.getpid()}\n")
-    file.flush()
-    return file

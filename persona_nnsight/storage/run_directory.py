@@ -24,27 +24,41 @@ from __future__ import annotations
 
 import os
 import shutil
-import tempfile
 from collections.abc import Callable
+from contextlib import suppress
 from pathlib import Path
 
 from persona_nnsight.errors import PersonaError
-from persona_nnsight.storage.files import check_creatable, remove, sync
+from persona_nnsight.storage.files import (
+    PARTIAL,
+    check_creatable,
+    check_ours,
+    clear_partial,
+    is_plain,
+    our_directory,
+    remove,
+    sync,
+    workshop,
+)
+from persona_nnsight.storage.lock import LOCK
 
-#: What a run leaves there until it is finished.
-PENDING, PARTS, LOCK = "pending.json", "parts", ".lock"
+#: What a run leaves there until it is finished, besides its lock.
+PENDING, PARTS = "pending.json", "parts"
 #: What a run that is finished always has.
 RUN = "run.json"
-#: What a process that is killed may leave, besides: files under their temporary names.
-_PARTIAL = ".partial-"
-_REMAINS = (LOCK, f".{PENDING}.partial")
+#: What to do about a directory that is not ours to write to.
+ANOTHER_OUT = "choose another --out"
+
+#: Directories that were made for their names, and those above them, by this process.
+_reserved: list[Path] = []
 
 
 def check_free(directory: Path) -> None:
     """Refuse a target that holds anything, before work is spent on it.
 
     Raises:
-        PersonaError: `directory` is a file, holds a run, is not empty, or cannot be made.
+        PersonaError: `directory` is a file, holds a run, is not empty, is another user's, or cannot
+            be made.
     """
     advice = "choose another --out, or remove it first"
     try:
@@ -56,28 +70,68 @@ def check_free(directory: Path) -> None:
                     f"{str(directory)!r} holds a run that is not finished; go on with it by "
                     f"`persona resume {directory}`, or {advice}."
                 )
-            if any(path.name not in _REMAINS for path in directory.iterdir()):
+            check_ours(directory, ANOTHER_OUT)
+            if not all(map(_remains, directory.iterdir())):
                 raise PersonaError(f"The directory {str(directory)!r} is not empty; {advice}.")
         elif directory.exists() or directory.is_symlink():
             raise PersonaError(f"{str(directory)!r} is a file, not a directory; {advice}.")
-        check_creatable(directory, "choose another --out")
+        check_creatable(directory, ANOTHER_OUT)
     except OSError as error:
         raise _unwritable(directory, error) from error
 
 
+def _remains(path: Path) -> bool:
+    """Whether a process that was killed may have left this: a lock, or an unfinished workshop."""
+    if path.name == LOCK or path.name.startswith(f"{LOCK}-"):
+        return is_plain(path)
+    return path.name.startswith(PARTIAL) and path.is_dir() and not path.is_symlink()
+
+
 def _unwritable(directory: Path, error: OSError, *, resumable: bool = False) -> PersonaError:
-    way_out = f"make room and `persona resume {directory}`" if resumable else "choose another --out"
+    way_out = f"make room and `persona resume {directory}`" if resumable else ANOTHER_OUT
     return PersonaError(
         f"The run cannot be written to {str(directory)!r} ({error.strerror or error}); {way_out}."
     )
 
 
 def default_directory(name: str, root: Path = Path("outputs")) -> Path:
-    """``outputs/<name>-<n>`` with the lowest n that is free."""
-    n = 1
-    while (directory := root / f"{name}-{n}").exists():
-        n += 1
-    return directory
+    """Make ``outputs/<name>-<n>`` with the lowest n that is free, which nobody else gets then.
+
+    `release_unused` takes it back where nothing came of it.
+
+    Raises:
+        PersonaError: it cannot be made.
+    """
+    n, patience = 1, 10
+    while True:
+        directory = root / f"{name}-{n}"
+        try:
+            for above in (*reversed(root.parents), root):
+                if not above.is_dir():
+                    with suppress(FileExistsError):
+                        _reserve(above)
+            _reserve(directory)
+        except FileExistsError:
+            n += 1
+        except OSError as error:
+            # Another process may have taken `root` back, just after it was seen here.
+            patience -= isinstance(error, FileNotFoundError)
+            if not patience or not isinstance(error, FileNotFoundError):
+                raise _unwritable(directory, error) from error
+        else:
+            return directory
+
+
+def _reserve(directory: Path) -> None:
+    directory.mkdir()
+    _reserved.append(directory)
+
+
+def release_unused() -> None:
+    """Remove the directories that `default_directory` made and that hold nothing."""
+    while _reserved:
+        with suppress(OSError):  # it holds something
+            _reserved.pop().rmdir()
 
 
 def save_run(
@@ -99,19 +153,18 @@ def save_run(
     made = not directory.is_dir()
     moved: list[Path] = []
     try:
-        directory.mkdir(parents=True, exist_ok=True)
-        for path in directory.glob(f"{_PARTIAL}*"):
-            remove(path)  # of an attempt that was killed here
-        with tempfile.TemporaryDirectory(prefix=_PARTIAL, dir=directory) as partial:
-            write_files(Path(partial))
-            for path in Path(partial).rglob("*"):
+        our_directory(directory, ANOTHER_OUT)
+        clear_partial(directory)  # of an attempt that was killed here
+        with workshop(directory) as shop:
+            write_files(shop)
+            for path in shop.rglob("*"):
                 sync(path)
             # run.json last: a directory that has it has everything.
-            for name in sorted(os.listdir(partial), key=lambda name: name == RUN):
+            for name in sorted(os.listdir(shop), key=lambda name: name == RUN):
                 moved.append(directory / name)
                 if pending:
                     remove(directory / name)  # of an attempt that was stopped here
-                os.replace(Path(partial, name), directory / name)
+                os.replace(shop / name, directory / name)
             sync(directory)
     except BaseException as error:
         for path in moved:
@@ -127,5 +180,6 @@ def save_run(
 
 def clear_journal(directory: Path) -> None:
     """Remove what a finished run was gone on with; last ``pending.json``, which tells of it."""
-    for name in (LOCK, PARTS, PENDING):
-        remove(directory / name)
+    for path in (directory / LOCK, *directory.glob(f"{LOCK}-*"), directory / PARTS):
+        remove(path)
+    remove(directory / PENDING)

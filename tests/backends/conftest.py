@@ -34,9 +34,10 @@ def key(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 @pytest.fixture
-def fake(tiny: Tiny, tiny_dir: TinyDir) -> Iterator[FakeNdif]:
-    """A server that computes."""
+def fake(tiny: Tiny, tiny_dir: TinyDir, monkeypatch: pytest.MonkeyPatch) -> Iterator[FakeNdif]:
+    """A server that computes, and that nnsight is configured for."""
     with FakeNdif(tiny("llama")) as server:
+        monkeypatch.setattr(nnsight.CONFIG.API, "HOST", server.url)
         yield server
 
 

@@ -5,10 +5,12 @@ from __future__ import annotations
 import json
 import os
 import re
+import shlex
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import nnsight
 import pandas as pd
 import pytest
 from cells import TINY_GRID
@@ -260,20 +262,39 @@ def test_the_jobs_of_another_host(command: Command, fake: FakeNdif, persona: Per
     change_pending(lambda pending: pending["state"].update(host="http://127.0.0.1:9"))
     with pytest.MonkeyPatch.context() as impatient:
         impatient.setattr("persona_nnsight.backends.ndif.server.time", Clock())
-        outcome = persona("resume", "run")
+        outcome = persona("resume", "run", "--ndif-host", "http://127.0.0.1:9/")
     assert outcome.code == 2
     assert "http://127.0.0.1:9 does not answer" in outcome.err
     assert fake.posts == 2
 
 
+def change_host(host: str) -> None:
+    change_pending(lambda pending: pending["state"].update(host=host))
+
+
 def test_a_directory_does_not_say_where_the_key_goes(
     command: Command, fake: FakeNdif, persona: Persona
 ) -> None:
+    """Nor to which port of this machine, where other users can listen."""
     fake.scripts = [(QUEUED,), DONE]
     assert command("--detach").code == 0
-    change_pending(lambda pending: pending["state"].update(host="https://elsewhere.invalid"))
-    assert_one_sentence(outcome := persona("resume", "run"))
-    assert "add --ndif-host https://elsewhere.invalid" in outcome.err
+    with FakeNdif() as other:
+        for host in ("https://elsewhere.invalid", other.url, "http://localhost:1; touch ran"):
+            change_host(host)
+            assert_one_sentence(outcome := persona("resume", "run"))
+            assert f"add --ndif-host {shlex.quote(host)}" in outcome.err
+            assert_one_sentence(persona("resume", "run", "--ndif-host", fake.url), "--ndif-host")
+        assert not other.seen
+
+
+def test_a_host_that_is_not_configured_is_in_the_hint(
+    command: Command, fake: FakeNdif, persona: Persona, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(nnsight.CONFIG.API, "HOST", "https://configured.example.org")
+    fake.scripts = [(QUEUED, *DONE), DONE]
+    sent = command("--detach")
+    assert f"`persona resume run --ndif-host {fake.url}` collects them" in sent.err
+    assert persona("resume", "run", "--ndif-host", f"{fake.url}/").code == 0
 
 
 def test_a_directory_has_only_experiments_run(

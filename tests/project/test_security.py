@@ -48,6 +48,7 @@ def fake(tiny: Tiny, monkeypatch: pytest.MonkeyPatch) -> Iterator[FakeNdif]:
     share_ssl_context(monkeypatch)
     stop_clocks(monkeypatch)
     with FakeNdif(tiny("llama")) as server:
+        monkeypatch.setattr(nnsight.CONFIG.API, "HOST", server.url)
         yield server
 
 

@@ -18,7 +18,8 @@ from persona_nnsight.errors import OutOfMemoryError, PersonaError
 from persona_nnsight.plan.costs import Limits
 from persona_nnsight.plan.events import Done, Event, Recorded, Scored, Written
 from persona_nnsight.storage import kept_events
-from persona_nnsight.storage.journal import Journal, hold
+from persona_nnsight.storage.journal import Journal
+from persona_nnsight.storage.lock import hold
 
 #: Chunks of two cells and batches of three rows: a stop falls within each.
 SMALL = Limits(cells=2, rows=3, tokens=64)
@@ -50,7 +51,7 @@ COMMANDS: dict[str, tuple[str, ...]] = {
 def small_and_often(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("persona_nnsight.backends.local.fit_limits", lambda *_, **__: SMALL)
     monkeypatch.setattr(kept_events, "_INTERVAL", 0.0)
-    for module in ("run_directory", "journal"):  # a disk takes its time
+    for module in ("run_directory", "files"):  # a disk takes its time
         monkeypatch.setattr(f"persona_nnsight.storage.{module}.sync", lambda _: None)
 
 
@@ -336,8 +337,9 @@ def test_damaged_parts_are_computed_again(
 def test_what_a_killed_process_leaves(persona: Persona, tiny_dir: TinyDir) -> None:
     """Before the first word on how to go on: the directory can be taken again."""
     Path("run").mkdir()
-    for name in (".lock", ".pending.json.partial"):
-        Path("run", name).write_text("1")
+    Path("run/.lock").write_text("1")
+    Path("run/.partial-x").mkdir()
+    Path("run/.partial-x/pending.json").write_text("{}")
     assert persona(*command("inject", tiny_dir("llama"), "run")).code == 0
     # After the last file, before the journal is gone.
     Path("run/parts").mkdir()
@@ -425,11 +427,11 @@ def test_parts_are_written_through_before_they_have_a_name(
         rename(source, target)
 
     monkeypatch.setattr(
-        "persona_nnsight.storage.journal.sync", lambda path: steps.append(("sync", path.name))
+        "persona_nnsight.storage.files.sync", lambda path: steps.append(("sync", path.name))
     )
     monkeypatch.setattr(os, "replace", renamed)
     Journal(tmp_path, "local").keep("a", "{}", {})
-    assert steps == [("sync", "a.partial"), ("rename", "a.safetensors"), ("sync", "parts")]
+    assert steps == [("sync", "a.safetensors"), ("rename", "a.safetensors"), ("sync", "parts")]
 
 
 def test_a_journal_is_what_it_was(tmp_path: Path) -> None:

@@ -11,7 +11,7 @@ from rich.table import Table
 from rich.text import Text
 
 from persona_cli import options as o
-from persona_cli.console import output, spinner
+from persona_cli.console import output, plain, show_json, spinner
 from persona_nnsight.errors import PersonaError
 
 if TYPE_CHECKING:
@@ -63,7 +63,7 @@ def doctor(
             server = Server(ndif_host, insecure=insecure)
             findings += _server(server, model, revision)
     if as_json:
-        print(json.dumps([asdict(finding) for finding in findings], indent=1, ensure_ascii=False))
+        show_json([asdict(finding) for finding in findings])
     else:
         _show(findings)
     if any(finding.verdict == "problem" for finding in findings):
@@ -74,7 +74,9 @@ def _show(findings: list[Finding]) -> None:
     table = Table(box=None, show_header=False, pad_edge=False)
     for finding in findings:
         mark, style = _MARKS[finding.verdict]
-        table.add_row(Text(mark, style=style), Text(finding.what, style="bold"), Text(finding.text))
+        what = plain(finding.what)
+        what.stylize("bold")
+        table.add_row(Text(mark, style=style), what, plain(finding.text))
     output().print(table)
 
 

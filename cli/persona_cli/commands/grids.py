@@ -6,9 +6,8 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 from rich.table import Table
-from rich.text import Text
 
-from persona_cli.console import output
+from persona_cli.console import output, plain, say, says_all
 
 if TYPE_CHECKING:
     from persona_nnsight.prompts.grids import Grid
@@ -65,7 +64,7 @@ def show(
 
     loaded = Grid.load(grid)
     if yaml:
-        typer.echo(loaded.to_yaml(), nl=False)
+        say(loaded.to_yaml(ascii_only=not says_all()), end="")
         return
     # User text goes in as Text, in which [brackets] and :colons: mean nothing.
     head = Table.grid(padding=(0, 2))
@@ -77,7 +76,7 @@ def show(
         ("baseline persona", loaded.baseline_persona),
         ("baseline task", loaded.baseline_task),
     ):
-        head.add_row(label, Text(text))
+        head.add_row(label, plain(text))
     personas = _texts("persona", "markers", [(p.key, p.text, p.markers) for p in loaded.personas])
     tasks = _texts("task", "tags", [(t.key, t.text, t.tags) for t in loaded.tasks])
     console = output()
@@ -98,7 +97,7 @@ def check(
     from persona_nnsight.prompts.grids import Grid
 
     grid = Grid.load(file)
-    typer.echo(f"ok: {grid.name}, {_size(grid)}")
+    say(f"ok: {grid.name}, {_size(grid)}")
 
 
 @app.command("import")
@@ -126,27 +125,17 @@ def import_script(
     strings whose names contain "base" and "persona" or "task". Look the
     result over before you measure with it.
     """
-    from persona_nnsight.errors import PersonaError
     from persona_nnsight.prompts.grid_import import grid_from_script
+    from persona_nnsight.storage.files import check_new, write_new
 
     grid = grid_from_script(script)
     if out is None:
-        typer.echo(grid.to_yaml(), nl=False)
+        say(grid.to_yaml(ascii_only=not says_all()), end="")
         return
-    try:
-        with out.open("x", encoding="utf-8", newline="\n") as stream:
-            stream.write(grid.to_yaml())
-    except FileExistsError:
-        raise PersonaError(
-            f"{str(out)!r} exists already and is not overwritten; "
-            "give --out a new name, or remove the file first"
-        ) from None
-    except OSError as problem:
-        raise PersonaError(
-            f"{str(out)!r} cannot be written ({problem.strerror}); "
-            "give --out a path in an existing folder that you can write to"
-        ) from None
-    typer.echo(f"wrote {out}: {grid.name}, {_size(grid)}")
+    check_new(out)
+    text = grid.to_yaml()
+    write_new(out, lambda partial: partial.write_text(text, encoding="utf-8", newline="\n"))
+    say(f"wrote {out}: {grid.name}, {_size(grid)}")
 
 
 def _size(grid: "Grid") -> str:
@@ -160,7 +149,7 @@ def _texts(kind: str, extra: str, rows: Sequence[tuple[str, str, tuple[str, ...]
     with_extra = any(words for _, _, words in rows)
     table = _table(kind, "text", *([extra] if with_extra else []))
     for key, text, words in rows:
-        table.add_row(Text(key), Text(text), *([Text(", ".join(words))] if with_extra else []))
+        table.add_row(plain(key), plain(text), *([plain(", ".join(words))] if with_extra else []))
     return table
 
 

@@ -3,22 +3,21 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import asdict
 from datetime import datetime
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 from rich.table import Table
-from rich.text import Text
 
-from persona_cli.console import notes, output, titled
+from persona_cli.console import note, output, plain, show_json, titled
 from persona_cli.options import Insecure
 from persona_nnsight.errors import PersonaError
 
 if TYPE_CHECKING:
-    from persona_nnsight.backends.ndif.ledger import Ledger
+    from persona_nnsight.backends.ndif.ledger import Job, Ledger
 
 
 def jobs(
@@ -40,39 +39,41 @@ def jobs(
     """
     host, found = _finished(directory) or _pending(directory, insecure=insecure)
     if as_json:
-        print(json.dumps({"host": host, "jobs": found}, indent=1, ensure_ascii=False))
+        show_json({"host": host, "jobs": [asdict(job) for job in found]})
         return
     output().print(titled(f"{len(found)} jobs with {host}", _table(found)))
     if verbose:
         for number, job in enumerate(found, start=1):
-            if job["description"]:
-                output().print(Text(f"\njob {number}: {job['description']}"))
+            if job.description:
+                output().print(plain(f"\njob {number}: {job.description}"))
 
 
-def _finished(directory: Path) -> tuple[str, list[dict[str, Any]]] | None:
+def _finished(directory: Path) -> tuple[str, list[Job]] | None:
     """Host and jobs of a finished run; None where there is none."""
+    from persona_nnsight.backends.ndif.ledger import job_from
+
     path = directory / "run.json"
     if not path.exists():
         return None
     try:
         where = json.loads(path.read_text(encoding="utf-8")).get("backend") or {}
-        return str(where["host"]), list(where["jobs"])
-    except KeyError:
-        raise PersonaError(
-            f"The run in {str(directory)!r} had no jobs: it was made on one machine."
-        ) from None
+        if "host" not in where or "jobs" not in where:
+            raise PersonaError(
+                f"The run in {str(directory)!r} had no jobs: it was made on one machine."
+            )
+        return str(where["host"]), [job_from(job) for job in where["jobs"]]
     except (OSError, ValueError, AttributeError, TypeError, RecursionError) as error:
         raise PersonaError(
             f"{str(path)!r} cannot be read ({error}); is it a run of ours?"
         ) from error
 
 
-def _pending(directory: Path, *, insecure: bool) -> tuple[str, list[dict[str, Any]]]:
+def _pending(directory: Path, *, insecure: bool) -> tuple[str, list[Job]]:
     from persona_nnsight.backends.ndif.ledger import Ledger
 
     ledger = Ledger.load(directory)
     _ask(ledger, insecure=insecure)
-    return ledger.host, [asdict(job) for job in ledger.jobs.values()]
+    return ledger.host, list(ledger.jobs.values())
 
 
 def _ask(ledger: Ledger, *, insecure: bool) -> None:
@@ -87,7 +88,7 @@ def _ask(ledger: Ledger, *, insecure: bool) -> None:
             try:
                 answer = server.ask(job.id)
             except NoAnswerError as error:
-                notes.print(f"{ledger.host} does not answer ({error}); this is what was known.")
+                note(f"{ledger.host} does not answer ({error}); this is what was known.")
                 return
             if answer is None:
                 job.description = "the server knows nothing of it"
@@ -95,7 +96,7 @@ def _ask(ledger: Ledger, *, insecure: bool) -> None:
                 job.status, job.description = answer.status, answer.description
 
 
-def _table(found: Sequence[Mapping[str, Any]]) -> Table:
+def _table(found: Sequence[Job]) -> Table:
     table = Table(box=None, pad_edge=False)
     for heading in ("job", "cells"):
         table.add_column(heading, justify="right")
@@ -104,22 +105,28 @@ def _table(found: Sequence[Mapping[str, Any]]) -> Table:
     for heading in ("queued", "ran", "up", "down", "times"):
         table.add_column(heading, justify="right")
     for number, job in enumerate(found, start=1):
-        last = job["description"].strip().splitlines()[-1:] or [""]
-        sent = job["sent"]
+        last = job.description.strip().splitlines()[-1:] or [""]
         table.add_row(
             str(number),
-            str(job["cells"]),
-            job["state"],
-            Text(f"{job['status']} {last[0]}".strip()[:60]),
-            job["id"] or "-",
-            f"{datetime.fromtimestamp(sent):%d %b %H:%M:%S}" if sent else "-",
-            _seconds(job["queue_seconds"]),
-            _seconds(job["run_seconds"]),
-            _bytes(job["bytes_up"]),
-            _bytes(job["bytes_down"]),
-            str(job["attempts"]),
+            str(job.cells),
+            plain(job.state),
+            plain(f"{job.status} {last[0]}".strip()[:60]),
+            plain(job.id or "-"),
+            _moment(job.sent),
+            _seconds(job.queue_seconds),
+            _seconds(job.run_seconds),
+            _bytes(job.bytes_up),
+            _bytes(job.bytes_down),
+            str(job.attempts),
         )
     return table
+
+
+def _moment(seconds: float | None) -> str:
+    try:
+        return f"{datetime.fromtimestamp(seconds):%d %b %H:%M:%S}" if seconds else "-"
+    except (OverflowError, ValueError, OSError):
+        return "-"  # of no calendar
 
 
 def _seconds(value: float | None) -> str:

@@ -6,7 +6,7 @@ from typing import Annotated
 
 import typer
 
-from persona_cli.console import note_step, output
+from persona_cli.console import note_step, output, plain, say
 
 app = typer.Typer(invoke_without_command=True)
 
@@ -34,7 +34,7 @@ def list_command(context: typer.Context) -> None:
     for entry in entries:
         size = human_size(entry.bytes) if entry.bytes else "-"
         where = str(entry.path) if entry.path else "-"
-        table.add_row(entry.id, entry.kind, entry.state, size, where)
+        table.add_row(*map(plain, (entry.id, entry.kind, entry.state, size, where)))
     console = output()
     console.print(table)
     absent = [entry.id for entry in entries if entry.state == "not fetched"]
@@ -60,4 +60,4 @@ def pull(
     from persona_nnsight.models.weights.resolve import resolve
 
     found = resolve(name, revision=revision, notify=note_step)
-    typer.echo(f"{name} is ready in {found.path}")
+    say(f"{name} is ready in {found.path}")

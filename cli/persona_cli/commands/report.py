@@ -7,7 +7,7 @@ from typing import Annotated
 
 import typer
 
-from persona_cli.console import spinner
+from persona_cli.console import say, spinner
 
 
 def report(
@@ -42,5 +42,5 @@ def report(
         out = default_directory("report")
     with spinner("Drawing the figures"):
         page = write_report(runs, out)
-    typer.echo(page)
-    typer.echo(page.parent / "figures")
+    say(page)
+    say(page.parent / "figures")

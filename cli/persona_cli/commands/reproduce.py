@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import math
 from collections.abc import Mapping
 from pathlib import Path
@@ -13,7 +12,7 @@ from rich.rule import Rule
 from rich.table import Table
 
 from persona_cli import options as o
-from persona_cli.console import note_step, notes, output
+from persona_cli.console import note_step, notes, output, show_json
 from persona_cli.numbers import percent, span
 from persona_cli.running import (
     as_records,
@@ -106,7 +105,7 @@ def reproduce(
             ]
             names = [[table.name for table in found] for found in passes]
             data = [{"tables": t, **cost} for t, cost in zip(names, costs, strict=True)]
-            print(json.dumps({"command": "reproduce", "passes": data}, indent=1))
+            show_json({"command": "reproduce", "passes": data})
             return
         for found in passes:
             title = "; ".join(TITLES[table.name] for table in found)
@@ -138,7 +137,7 @@ def reproduce(
     note_step("Drawing the figures")
     write_report([ready.out])
     if run.as_json:
-        print(json.dumps(_summary(made, ready.out), indent=1, ensure_ascii=False))
+        show_json(_summary(made, ready.out))
     else:
         for name, result in made.results.items():
             output().print(Rule(TITLES[name], align="left", style="dim"))

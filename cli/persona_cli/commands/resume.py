@@ -9,9 +9,10 @@ from typing import Annotated
 
 import typer
 
-from persona_cli.console import notes
+from persona_cli.console import notes, plain
 from persona_nnsight.errors import PersonaError
 from persona_nnsight.experiments.registry import NAMES
+from persona_nnsight.storage.files import check_ours
 from persona_nnsight.storage.run_directory import RUN, clear_journal
 
 #: What only the user can say, and not a directory that may be somebody else's.
@@ -37,8 +38,8 @@ def resume(
         str | None,
         typer.Option(
             metavar="URL",
-            help="Confirms the server of a run that is neither nnsight's configured one nor this "
-            "machine: the API key is sent there.",
+            help="Confirms the server of a run that is not nnsight's configured one: the API key "
+            "is sent there.",
         ),
     ] = None,
     trust_remote_code: Annotated[
@@ -63,6 +64,8 @@ def resume(
     from persona_nnsight.storage.journal import Journal
 
     target = directory.absolute()
+    if target.is_dir():
+        check_ours(target, "copy it to a directory of your own and go on with it there")
     if (target / RUN).exists():
         clear_journal(target)  # of a process that was killed between the last file and this
         raise PersonaError(f"The run in {str(directory)!r} is finished; nothing is left to do.")
@@ -96,7 +99,8 @@ def resume(
             "paths on its command line are relative to it, so put it back."
         ) from error
     if notes.is_terminal:
-        notes.print(f"persona {shlex.join(origin.argv)}", style="dim", markup=False, soft_wrap=True)
+        words = plain(f"persona {shlex.join(origin.argv)}")
+        notes.print(words, style="dim", soft_wrap=True)
     command = context.find_root().command
     code = command.main(again, prog_name="persona", standalone_mode=False)
     raise typer.Exit(code if isinstance(code, int) else 0)
@@ -105,16 +109,16 @@ def resume(
 def _confirm(host: str, given: str | None) -> None:
     """Refuse a server that only the directory names: a run of somebody else could name any.
 
+    One of this machine, too, where other users can listen.
+
     Raises:
         PersonaError: says how to confirm it.
     """
     from nnsight import CONFIG
 
-    from persona_nnsight.backends.ndif.server import is_loopback
-
-    if host in (given, CONFIG.API.HOST.rstrip("/")) or is_loopback(host):
+    if host in (given if given is None else given.rstrip("/"), CONFIG.API.HOST.rstrip("/")):
         return
     raise PersonaError(
         f"The jobs are with {host}, which is not the server that nnsight is configured for; if you "
-        f"trust it with your API key, add --ndif-host {host}."
+        f"trust it with your API key, add --ndif-host {shlex.quote(host)}."
     )

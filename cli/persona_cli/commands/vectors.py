@@ -7,9 +7,8 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 from rich.table import Table
-from rich.text import Text
 
-from persona_cli.console import output, titled
+from persona_cli.console import output, plain, say, titled
 from persona_nnsight.errors import PersonaError
 
 if TYPE_CHECKING:
@@ -107,11 +106,11 @@ def _show(vectors: Vectors, keys: list[str], position: str) -> None:
         ("layers", ", ".join(map(str, vectors.layers))),
         ("tasks", ", ".join(vectors.tasks)),
     ):
-        head.add_row(label, Text(text))
+        head.add_row(label, plain(text))
     texts = _table("persona", "text")
     texts.columns[1].overflow = "fold"
     for key in keys:
-        texts.add_row(Text(key), Text(vectors.personas[key]))
+        texts.add_row(plain(key), plain(vectors.personas[key]))
     console = output()
     for part in (head, texts, titled(f"‖Δ_X‖ at {position}", _norms(vectors, keys, position))):
         console.print(part)
@@ -130,7 +129,7 @@ def _norms(vectors: Vectors, keys: list[str], position: str) -> Table:
     if len(layers) <= len(keys):
         table = _table("persona", *(f"layer {layer}" for layer in layers), right=True)
         for key, values in lengths.items():
-            table.add_row(Text(key), *values)
+            table.add_row(plain(key), *values)
     else:
         table = _table("layer", *lengths, right=True)
         for layer, *values in zip(layers, *lengths.values(), strict=True):
@@ -160,13 +159,13 @@ def _export(vectors: Vectors, keys: list[str], position: str, directory: Path) -
     for key, path in targets.items():
         write_control_vector(vectors, key, path, position)
         # Paths are the user's own, and are not to be wrapped.
-        typer.echo(f"wrote {path}: Δ_X of {key} at {position}")
-    typer.echo(f"layers: {', '.join(map(str, written))}")
+        say(f"wrote {path}: Δ_X of {key} at {position}")
+    say(f"layers: {', '.join(map(str, written))}")
     left_out = [str(layer) for layer in vectors.layers if layer < FIRST_LAYER]
     if left_out:
-        typer.echo(f"left out: layers {', '.join(left_out)} (no control vector has them)")
+        say(f"left out: layers {', '.join(left_out)} (no control vector has them)")
     first, block = next(iter(targets.values())), written[len(written) // 2] - 1
-    typer.echo(
+    say(
         f"use with llama.cpp: --control-vector-scaled {first}:1.0 --control-vector-layer-range "
         f"{block} {block} adds Δ_X of layer {block + 1} once, at every position; without the range "
         "the layers add up, so use a smaller scale"

@@ -7,6 +7,7 @@ job computes, so it is never taken for another plan's.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterable
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
@@ -102,7 +103,7 @@ class Ledger:
                 journal=journal,
                 host=str(state["host"]),
                 server=dict(state["server"]),
-                jobs={job["key"]: _job(job) for job in state["jobs"]},
+                jobs={job.key: job for job in map(job_from, state["jobs"])},
             )
         except (ValueError, KeyError, TypeError, AttributeError) as error:
             raise damaged(directory / PENDING, error) from error
@@ -194,8 +195,31 @@ class Ledger:
         return PersonaError(f"{error} The server still has the jobs {ids}.") if ids else error
 
 
-def _job(data: dict[str, Any]) -> Job:
+def job_from(data: Any) -> Job:
+    """A job as it was written down.
+
+    Raises:
+        ValueError, TypeError: it is none.
+    """
+    if not isinstance(data, dict):
+        raise TypeError("a job is no object")
     job = Job(**data)
+    for name, kind in _KINDS.items():
+        value = getattr(job, name)
+        if isinstance(value, bool) or not isinstance(value, kind):
+            raise TypeError(f"a job's {name} is a {type(value).__name__}")
+        if isinstance(value, float) and not math.isfinite(value):
+            raise ValueError(f"a job's {name} is {value}")
     if job.state not in STATES or (job.state == SENT and job.id is None):
         raise ValueError(f"a job is {job.state!r}")
     return job
+
+
+_NUMBER = (int, float, type(None))
+#: What may stand in each field of a job.
+_KINDS: dict[str, tuple[type, ...]] = {
+    **dict.fromkeys(("key", "state", "status", "description"), (str,)),
+    "id": (str, type(None)),
+    **dict.fromkeys(("cells", "attempts", "bytes_up", "bytes_down"), (int,)),
+    **dict.fromkeys(("sent", "queue_seconds", "run_seconds", "started", "ended"), _NUMBER),
+}

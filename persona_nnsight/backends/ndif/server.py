@@ -16,7 +16,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from importlib.metadata import version
 from typing import Any, TypeVar
-from urllib.parse import urlsplit
+from urllib.parse import quote, urlsplit
 
 import httpx
 import torch
@@ -248,7 +248,7 @@ class Server:
         Raises:
             NoAnswerError: no answer, or one that cannot be read.
         """
-        answer = self._get(f"/response/{job}")
+        answer = self._get(f"/response/{quote(job, safe='')}")  # a directory may have named it
         if answer.status_code == 404:
             return None
         try:
@@ -363,6 +363,7 @@ class Server:
 
     def _scrubbed(self, data: Any) -> Any:
         if isinstance(data, str):
+            data = data.encode(errors="replace").decode()  # JSON can hold halves of letters
             return data.replace(self._secret, "***") if self._secret else data
         if isinstance(data, dict):
             return {self._scrubbed(name): self._scrubbed(value) for name, value in data.items()}

@@ -224,7 +224,9 @@ def _verify(found: Path, info: ModelInfo, files: list[str]) -> None:
     for item in info.siblings or []:
         path = found / item.rfilename
         if item.rfilename in files and item.lfs and file_sha256(path) != item.lfs.sha256:
-            path.resolve().unlink()  # the content; the snapshot only links to it
+            # The snapshot only links to the content; a link to elsewhere is no content of ours.
+            if (content := path.resolve()).is_relative_to(found.parents[1].resolve()):
+                content.unlink()
             path.unlink(missing_ok=True)
             raise PersonaError(
                 f"The file {item.rfilename} of {info.id!r} is not what the hub announced (SHA-256 "
