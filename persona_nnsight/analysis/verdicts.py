@@ -16,6 +16,7 @@ no draw lies beyond them, and the truth does in a quarter of all cases.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 from dataclasses import dataclass
 
@@ -198,20 +199,36 @@ def _multiples(draws: Draws, *, together: bool) -> Floats:
         squares.append(np.maximum(of_all - np.sum(squares, axis=0), 0))
     whole = np.sum(squares, axis=0)
     variance = np.zeros((_SIMULATIONS, len(columns)))
+    spread = np.zeros(len(columns))
     for number, (square, degrees) in enumerate(zip(squares, draws.degrees, strict=True)):
-        field = _field(parts[number], draws) if number < len(parts) else None
+        field = None
+        if number < len(parts) and degrees.max() <= _MANY_DEGREES:
+            field = _field(parts[number], draws, float(degrees.max()))
         variance += square / whole * _variances(field, degrees, generator)
-    ratio = np.abs(_normal(_field(draws.joint, draws), generator)) / np.sqrt(variance)
+        spread += (square / whole) ** 2 / np.maximum(degrees, 1)
+    numerator = _normal(_field(draws.joint, draws, 1 / spread.mean()), generator)
+    ratio = np.abs(numerator) / np.sqrt(variance)
     multiples[columns] = np.quantile(ratio.max(axis=1) if together else ratio, CONFIDENCE, axis=0)
     return multiples
 
 
-def _field(part: Floats, draws: Draws) -> Floats:
-    """A root of the correlations between the columns of some draws, float64 [rank, columns]."""
+def _field(part: Floats, draws: Draws, degrees: float) -> Floats:
+    """A root of the correlations between the columns of some draws, float64 [rank, columns].
+
+    Few levels make columns look more alike than they are, and the largest of many smaller: three
+    tasks leave two dimensions. The squared correlations are too large by about (1 - r²)² / degrees,
+    and all correlations are shrunk by the share that this is of them (J. Schäfer and K. Strimmer,
+    "A shrinkage approach to large-scale covariance matrix estimation", 2005).
+    """
     away = part - draws.estimate
     root: Floats = np.linalg.qr(np.where(np.isfinite(away), away, 0)).R
     length = np.sqrt((root**2).sum(axis=0))
-    return np.asarray(root / np.where(length > 0, length, 1))
+    root = root / np.where(length > 0, length, 1)
+    squared = (root.T @ root) ** 2
+    np.fill_diagonal(squared, 0)
+    excess = ((1 - squared) ** 2).sum() - len(squared)  # without the diagonal's
+    shrunk = min(1.0, excess / max(degrees, 1.0) / max(squared.sum(), 1e-9))
+    return np.vstack([math.sqrt(1 - shrunk) * root, math.sqrt(shrunk) * np.eye(len(squared))])
 
 
 def _normal(field: Floats, generator: np.random.Generator) -> Floats:
@@ -220,7 +237,7 @@ def _normal(field: Floats, generator: np.random.Generator) -> Floats:
 
 def _variances(field: Floats | None, degrees: Counts, generator: np.random.Generator) -> Floats:
     """Estimates of a variance of 1 with so many degrees of freedom, [simulations, columns]."""
-    if field is None or degrees.max() > _MANY_DEGREES:
+    if field is None:
         free = np.maximum(degrees, 1)
         return np.asarray(generator.chisquare(free, size=(_SIMULATIONS, len(degrees))) / free)
     found = np.zeros((_SIMULATIONS, len(degrees)))
