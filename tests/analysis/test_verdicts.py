@@ -76,6 +76,18 @@ def test_false_verdicts_per_table_and_coverage(shape: tuple[int, int], statistic
 
 
 @pytest.mark.usefixtures("fast")
+def test_false_verdicts_where_three_tasks_decide_nearly_everything() -> None:
+    """Three tasks show two dimensions of the many that twenty sites have."""
+    generator = np.random.default_rng(12)
+    crossed = Crossed(grid(8, 3), draws=200)
+    false = []
+    for _ in range(150):
+        table = simulated(generator, (8, 3), 20, shares=(0.02, 0.96))
+        false.append((verdicts(*simultaneous(crossed.means(table))) != "undecided").any())
+    assert np.mean(false) <= 0.07
+
+
+@pytest.mark.usefixtures("fast")
 def test_differences_are_found_where_tasks_are_enough() -> None:
     """Two standard deviations of a cell, over eight personas and six tasks."""
     generator = np.random.default_rng(1)
@@ -144,6 +156,15 @@ def test_few_tasks_widen_what_hangs_on_tasks_alone() -> None:
     low, high = interval(draws)
     error = np.sqrt(((draws.joint - draws.estimate) ** 2).mean(axis=0))
     assert (high - low) / 2 / error == pytest.approx([4.30, 2.36], rel=0.1)
+
+
+def test_what_is_of_no_level_has_the_degrees_of_both_factors_multiplied() -> None:
+    values = np.random.default_rng(13).normal(size=(4, 3))
+    values += values.mean() - values.mean(axis=0) - values.mean(axis=1)[:, None]
+    draws = Crossed(grid(4, 3)).means(values.reshape(12, 1))
+    low, high = interval(draws)
+    error = np.sqrt(((draws.joint - draws.estimate) ** 2).mean(axis=0))
+    assert (high - low) / 2 / error == pytest.approx([2.447], rel=0.06)  # t with 3 x 2 degrees
 
 
 def test_intervals_of_a_table_are_wider_the_more_its_columns_differ() -> None:
