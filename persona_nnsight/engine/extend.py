@@ -9,10 +9,11 @@ import torch
 from torch import Tensor
 
 from persona_nnsight.engine.chunk import Chunk
+from persona_nnsight.engine.decode import Decoded
 from persona_nnsight.engine.finite import output_not_finite
 from persona_nnsight.engine.inputs import forward_inputs, last_tokens
 from persona_nnsight.engine.kv_cache import KVCache
-from persona_nnsight.engine.record import Record
+from persona_nnsight.engine.read import Sites, read_layer
 from persona_nnsight.plan.plan import Edit, Plan
 
 
@@ -28,6 +29,12 @@ class Clean:
     logprobs: Tensor
     probs: Tensor
 
+    @classmethod
+    def of(cls, logits: Tensor) -> Clean:
+        """What logits of any dtype predict."""
+        logprobs = logits.float().log_softmax(-1)
+        return cls(logprobs, logprobs.exp())
+
 
 @dataclass(frozen=True)
 class HostRun:
@@ -41,7 +48,9 @@ class HostRun:
             window has let go of some.
         residuals: by layer at which an edited run may begin, [cells, fed, d_model] in the model's
             dtype.
-        clean: of XY alone.
+        sites: of XY alone, the asked ones. They come from the run that is edited, so that what is
+            written back of them is what was there, to the last bit.
+        clean: of XY alone, where something is scored.
     """
 
     key: str
@@ -49,6 +58,7 @@ class HostRun:
     opening: int
     kv: KVCache
     residuals: dict[int, Tensor]
+    sites: Sites
     clean: Clean | None
 
     @property
@@ -57,38 +67,46 @@ class HostRun:
         return self.kv.mask.shape[1] > self.opening
 
 
-def extend(chunk: Chunk, recorded: Record, key: str) -> HostRun:
+def extend(chunk: Chunk, decoded: Decoded, key: str) -> HostRun:
     """Run the prompts `key` of all cells over XY's continuation.
 
     Raises:
         PersonaError: an output that is not finite.
     """
     lm, plan, layers, prefix = chunk.lm, chunk.plan, chunk.layers, chunk.prefix
-    rows = chunk.rows([cell.prompts[key] for cell in chunk.cells])
-    fed = plan.tail + plan.reference_tokens - 1
-    ids = torch.cat([prefix.tails[rows], recorded.continuations], dim=1)[:, :fed]
-    entries = sorted(
-        {entry_layer(plan, edit) for edit in plan.edits if edit.scored and edit.host == key}
-    )
+    prompts = [cell.prompts[key] for cell in chunk.cells]
+    rows = chunk.rows(prompts)
+    fed = plan.tail + plan.continued
+    ids = torch.cat([prefix.tails[rows], decoded.continuations], dim=1)[:, :fed]
+    entries = {entry_layer(plan, edit) for edit in plan.edits if edit.scored and edit.host == key}
     inputs = forward_inputs(prefix.kv.select(rows, room=chunk.room(fed)), ids)
     is_clean = key == "XY"
-    kept = plan.reference_tokens if is_clean else 0
+    kept = plan.reference_tokens if is_clean and plan.is_scored else 0
+    where = {name: chunk.token_offsets(prompts, name) for name in plan.positions if is_clean}
+    norm_first = chunk.tree.input_norm is None  # then a site is read where the layer below ends
     with lm.trace(**inputs, logits_to_keep=last_tokens(fed, kept)):
         residuals = nnsight.save({})
-        for layer in entries:
-            residuals[layer] = layers[layer].input.clone()
-        logprobs = nnsight.save(lm.output.logits.float().log_softmax(-1))
+        sites = nnsight.save(Sites({}, {}))
+        for layer in sorted({*entries, *(plan.layers if is_clean else ())}):
+            asked = is_clean and layer in plan.layers
+            if asked and norm_first:
+                read_layer(chunk, sites, layer, where)
+            if layer in entries:
+                residuals[layer] = layers[layer].input.clone()
+            if asked and not norm_first:
+                read_layer(chunk, sites, layer, where)
+        clean = nnsight.save(Clean.of(lm.output.logits))
         cache = nnsight.save(lm.output.past_key_values)
     kv = KVCache(cache, inputs["attention_mask"])
     if not kv.is_whole:
         kv = prefix.kv.select(rows)
     opening = prefix.opening.shape[1]
-    if not is_clean:
-        return HostRun(key, ids, opening, kv, residuals, None)
-    for cell, length in enumerate(recorded.lengths.tolist()):
-        if logprobs[cell, :length].isnan().any():
-            raise output_not_finite(chunk, key, cell, recorded.continuations[cell])
-    return HostRun(key, ids, opening, kv, residuals, Clean(logprobs, logprobs.exp()))
+    if not kept:
+        return HostRun(key, ids, opening, kv, residuals, sites, None)
+    for cell, length in enumerate(decoded.lengths.tolist()):
+        if clean.logprobs[cell, :length].isnan().any():
+            raise output_not_finite(chunk, key, cell, decoded.continuations[cell])
+    return HostRun(key, ids, opening, kv, residuals, sites, clean)
 
 
 def entry_layer(plan: Plan, edit: Edit) -> int:

@@ -11,6 +11,7 @@ from torch import Tensor
 from persona_nnsight.engine.act import Act, Change
 from persona_nnsight.engine.chunk import Chunk
 from persona_nnsight.engine.record import Record
+from persona_nnsight.method.conditions import ROUNDED
 from persona_nnsight.method.edit_vectors import edit_vector, seeded_noise
 from persona_nnsight.method.sites import generated_index
 from persona_nnsight.plan.interventions import Write
@@ -67,6 +68,7 @@ def _vectors(
 ) -> dict[int, dict[str, Tensor]]:
     """What each row writes, by layer and position: float32 [rows, d_model]."""
     plan, sites = chunk.plan, rows[0][1]
+    unit = torch.finfo(chunk.dtype).eps / 2
     columns = [plan.layers.index(layer) for layer in sites.layers]
     vectors: dict[int, dict[str, Tensor]] = {layer: {} for layer in sites.layers}
     for name in sites.positions:
@@ -75,13 +77,12 @@ def _vectors(
         for cell, write in rows:
             h = {key: value[cell, position, columns] for key, value in recorded.residuals.items()}
             noise = None
-            if write.condition == "random":
+            if write.condition in ("random", ROUNDED):
                 seed, d_model = chunk.cells[cell].seed, h["XY"].shape[-1]
                 drawn = [seeded_noise(seed, name, layer, d_model) for layer in sites.layers]
                 noise = torch.stack(drawn).to(h["XY"].device)
-            found.append(
-                edit_vector(write.condition, h, alpha=write.alpha, beta=write.beta, noise=noise)
-            )
+            factors = {"alpha": write.alpha, "beta": write.beta, "unit": unit}
+            found.append(edit_vector(write.condition, h, noise=noise, **factors))
         for layer, written in zip(sites.layers, torch.stack(found, dim=1), strict=True):
             vectors[layer][name] = written
     return vectors

@@ -10,11 +10,13 @@ import torch
 
 from persona_nnsight.engine.attention import grouped_attention
 from persona_nnsight.engine.chunk import Chunk
+from persona_nnsight.engine.decode import Decoded, decode
 from persona_nnsight.engine.extend import HostRun, extend
 from persona_nnsight.engine.memory import in_batches
 from persona_nnsight.engine.prefill import prefill
 from persona_nnsight.engine.record import Record, public_geometry, public_residuals, record
-from persona_nnsight.engine.score import score
+from persona_nnsight.engine.score import has_own_reference, score
+from persona_nnsight.engine.wide_logits import wide_logits
 from persona_nnsight.engine.write import write
 from persona_nnsight.models.module_tree import ModuleTree
 from persona_nnsight.plan.costs import Limits, fed_tokens
@@ -49,11 +51,14 @@ def run(
         cells = [plan.cells[number] for number in numbers]
         openings = prefix_tree(plan, cells, window=tree.window, most_tokens=limits.tokens)
         chunk = Chunk(lm, tree, plan, cells, prefill(lm, plan, openings))
-        recorded = record(chunk)
+        decoded = decode(chunk)
         scored = [edit for edit in plan.edits if edit.scored and any(map(edit.runs_on, numbers))]
         # Every KL is taken from what XY predicts.
-        keys = dict.fromkeys(["XY", *(edit.host for edit in scored)] if scored else [])
-        return _Prepared(chunk, recorded, {key: extend(chunk, recorded, key) for key in keys})
+        keys = dict.fromkeys(["XY", *(edit.host for edit in scored)])
+        with wide_logits(lm):
+            hosts = {key: extend(chunk, decoded, key) for key in keys}
+        recorded = record(chunk, decoded, hosts["XY"].sites)
+        return _Prepared(chunk, decoded, recorded, hosts if scored else {})
 
     with grouped_attention(lm):
         chunks = in_batches(
@@ -62,8 +67,8 @@ def run(
         for numbers, ready in chunks:
             yield Recorded(
                 cells=tuple(numbers),
-                continuations=ready.recorded.token_ids(),
-                margins=ready.recorded.token_margins(),
+                continuations=ready.decoded.token_ids(),
+                margins=ready.decoded.token_margins(),
                 geometry=public_geometry(ready.chunk, ready.recorded),
                 residuals=public_residuals(ready.chunk, ready.recorded)
                 if plan.keeps_residuals
@@ -79,6 +84,7 @@ class _Prepared:
     """A chunk of cells whose clean runs are done."""
 
     chunk: Chunk
+    decoded: Decoded
     recorded: Record
     hosts: dict[str, HostRun]
 
@@ -94,12 +100,15 @@ def _scores(
         def work(batch: Sequence[Row], host: str = first.host) -> list[tuple[float, int]]:
             clean = ready.hosts["XY"].clean
             assert clean is not None
-            return score(ready.chunk, ready.recorded, clean, ready.hosts[host], batch)
+            with wide_logits(ready.chunk.lm):
+                return score(ready.chunk, ready.recorded, clean, ready.hosts[host], batch)
 
         def is_done(batch: Sequence[Row]) -> bool:
             return all((numbers[cell], edit) in done.scored for cell, edit in batch)
 
         size = limits.rows_of(fed_tokens(plan, first, ready.chunk.tree))
+        if has_own_reference(ready.chunk, first):
+            size = max(1, size // 2)
         for batch, results in in_batches(_rows(plan, edits, numbers), size, work, is_done):
             for (cell, edit), (kl, n_tokens) in zip(batch, results, strict=True):
                 yield Scored(numbers[cell], edit, kl, n_tokens)

@@ -10,9 +10,10 @@ import torch
 from persona_nnsight.engine.act import Change
 from persona_nnsight.engine.acts import ACTS
 from persona_nnsight.engine.chunk import Chunk
+from persona_nnsight.engine.decode import cut_rows, lengths_to_eos
 from persona_nnsight.engine.finite import edited_not_finite, overflowed
 from persona_nnsight.engine.inputs import prompt_inputs
-from persona_nnsight.engine.record import Record, cut_rows, lengths_to_eos
+from persona_nnsight.engine.record import Record
 
 
 def write(

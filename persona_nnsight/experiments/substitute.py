@@ -20,7 +20,7 @@ from persona_nnsight.experiments.arguments import (
 from persona_nnsight.experiments.experiment import Experiment
 from persona_nnsight.experiments.function import function_of
 from persona_nnsight.experiments.setup import checked, clean_text, sites_of
-from persona_nnsight.method.conditions import SUBSTITUTE_CONDITIONS
+from persona_nnsight.method.conditions import ROUNDED, SUBSTITUTE_CONDITIONS
 from persona_nnsight.method.sites import DEFAULT_LAYERS, DEFAULT_POSITIONS
 from persona_nnsight.plan.building import build_plan
 from persona_nnsight.plan.interventions import Write
@@ -51,7 +51,8 @@ class Substitute(Experiment["EditResult"]):
     Attributes:
         layers, positions: the sites; see `capture`.
         conditions: which vectors to write, from `SUBSTITUTE_CONDITIONS`; None for all (without
-            ``other_x`` when the grid has a single persona).
+            ``other_x`` when the grid has a single persona, and without ``rounded`` in float32). In
+            fewer bits ``rounded`` is always there: what is not above it is rounding.
         window: tokens per KL.
         generate: also write this many tokens of greedy text per edit.
         seed: of the ``random`` control.
@@ -81,7 +82,7 @@ class Substitute(Experiment["EditResult"]):
                 Write(condition, (position,), (layer,)),
                 generate=0 if condition == "clean" else self.generate,
             )
-            for condition in _conditions(self.conditions, grid)
+            for condition in _conditions(self.conditions, grid, rounds=model.rounds)
             for position in sites["positions"]
             for layer in sites["layers"]
         ]
@@ -136,10 +137,11 @@ class Substitute(Experiment["EditResult"]):
 substitute = function_of(Substitute)
 
 
-def _conditions(conditions: str | Iterable[str] | None, grid: Grid) -> list[str]:
+def _conditions(conditions: str | Iterable[str] | None, grid: Grid, *, rounds: bool) -> list[str]:
     has_donor = len(grid.personas) > 1
     if conditions is None:
-        return [name for name in SUBSTITUTE_CONDITIONS if name != "other_x" or has_donor]
+        left_out = {*([] if has_donor else ["other_x"]), *([] if rounds else [ROUNDED])}
+        return [name for name in SUBSTITUTE_CONDITIONS if name not in left_out]
     names = conditions.split(",") if isinstance(conditions, str) else conditions
     wanted = list(dict.fromkeys(name.strip() for name in names))
     for name in wanted:
@@ -154,6 +156,8 @@ def _conditions(conditions: str | Iterable[str] | None, grid: Grid) -> list[str]
             "Condition 'other_x' needs a second persona to take Δ_X from and this grid has one; "
             "use a grid with several, or leave the condition out."
         )
+    # What the others are to be above.
+    wanted += [ROUNDED] if rounds else []
     return [name for name in SUBSTITUTE_CONDITIONS if name in wanted]
 
 

@@ -12,8 +12,12 @@ SUBSTITUTE_CONDITIONS = {
     "xb": "h_XB, the persona alone (control)",
     "other_x": "h_BB + Δ_X' + Δ_Y with another persona X' (control)",
     "random": "h_BB + a random vector as long as Δ_XY (control)",
-    "clean": "h_XY itself; its KL is the numerical floor (control)",
+    "clean": "h_XY itself, which changes nothing but what rounding does (control)",
+    "rounded": "h_XY, each number moved by a rounding error of the model's dtype (control)",
 }
+
+#: Run in every dtype of fewer bits than float32, whose rounding shows.
+ROUNDED = "rounded"
 
 #: The condition of `inject` that writes nothing: the persona-free prompt as it is.
 HOST = "host"
@@ -53,6 +57,7 @@ READS = {
     "other_x": ("BB", DONOR_KEY, "BY"),
     "random": ("BB", "XY"),
     "clean": ("XY",),
+    ROUNDED: ("XY",),
     "oracle": ("XY",),
     "cached": ("BB", "XB", "BY"),
     STEER: ("BB", "XB", "BY"),

@@ -24,6 +24,7 @@ def edit_vector(
     alpha: float = 1.0,
     beta: float = 1.0,
     noise: Tensor | None = None,
+    unit: float = 0.0,
 ) -> Tensor:
     """The vector that `condition` writes.
 
@@ -31,7 +32,8 @@ def edit_vector(
         condition: a key of `SUBSTITUTE_CONDITIONS` or `INJECT_CONDITIONS`, or ``steer``.
         h: residuals by prompt, at least of those in `READS`, float32 [..., d_model].
         alpha, beta: for ``steer``, the factors of Δ_X and Δ_Y.
-        noise: for ``random``, a vector of any length in the same shape.
+        noise: for ``random`` and ``rounded``, a vector of any length in the same shape.
+        unit: for ``rounded``, the largest relative error of rounding to the model's dtype.
 
     Returns:
         float32 [..., d_model].
@@ -60,6 +62,8 @@ def edit_vector(
             length = delta("XY").norm(dim=-1, keepdim=True) / noise.norm(dim=-1, keepdim=True)
             drawn: Tensor = h["BB"] + noise * length
             return drawn
+        case "rounded" if noise is not None:
+            return h["XY"] * (1 + unit * noise.sign())
     raise ValueError(f"no vector is defined for condition {condition!r}")
 
 

@@ -59,6 +59,11 @@ class Model:
     has_weights: bool
     trust_remote_code: bool = False
 
+    @property
+    def rounds(self) -> bool:
+        """Whether the dtype has fewer bits than float32, so that its rounding shows in KLs."""
+        return self.dtype.itemsize < torch.float32.itemsize
+
 
 def load_model(
     spec: str = DEFAULT_MODEL,

@@ -130,7 +130,7 @@ def estimate(plan: Plan, model: Model, limits: Limits) -> Cost:
     """Count what `plan` computes when it is cut into batches of `limits`."""
     tree = model.tree
     n_cells, n_roles = len(plan.cells), len(plan.roles)
-    forced, continued = plan.last_generated, plan.tail + plan.reference_tokens - 1
+    forced, decoded = plan.last_generated, plan.tail + plan.reference_tokens - 1
     hosts = {"XY", *(edit.host for edit in plan.edits if edit.scored)}
     tokens = passes = 0
     for chunk in spans(n_cells, limits.cells):
@@ -138,12 +138,12 @@ def estimate(plan: Plan, model: Model, limits: Limits) -> Cost:
         openings = prefix_tree(plan, cells, window=tree.window, most_tokens=limits.tokens)
         baselines = {cell.prompts[key] for cell in cells for key in plan.roles if key != "XY"}
         tokens += openings.n_tokens + len(baselines) * plan.tail
-        tokens += len(cells) * (continued + (n_roles - 1) * forced)
+        tokens += len(cells) * (decoded + (n_roles - 1) * forced)
         passes += len(openings.batches) + plan.reference_tokens + 1 + bool(forced)
         scored, texts = _rows(plan, chunk)
-        if scored:
-            tokens += len(hosts) * len(cells) * continued
-            passes += len(hosts)
+        run_on = len(hosts) if scored else 1
+        tokens += run_on * len(cells) * (plan.tail + plan.continued)
+        passes += run_on
         for edit, rows in scored.items():
             fed = fed_tokens(plan, plan.edits[edit], tree)
             tokens += rows * fed
@@ -210,8 +210,7 @@ def _chunk_bytes(plan: Plan, tree: ModuleTree, limits: Limits) -> int:
     sites = 4 * len(plan.roles) * len(plan.positions) * len(plan.layers)
     residuals = cells * (sites + len(plan.layers) * fed) * tree.d_model * 4
     # Log-probabilities and their exponentials, and the logits they are made of.
-    scored = any(edit.scored for edit in plan.edits)
-    logits = 3 * cells * (plan.reference_tokens if scored else 1) * tree.vocab_size * 4
+    logits = 3 * cells * (plan.reference_tokens if plan.is_scored else 1) * tree.vocab_size * 4
     tokens = max(limits.tokens, cells * fed)
     activations = tokens * (8 * tree.d_model + 3 * tree.d_mlp) * 4
     return rows * _longest(plan) * tree.kv_bytes + residuals + logits + activations

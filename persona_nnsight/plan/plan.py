@@ -126,6 +126,16 @@ class Plan:
         return self.window + self.last_generated
 
     @property
+    def is_scored(self) -> bool:
+        """Whether any edit is."""
+        return any(edit.scored for edit in self.edits)
+
+    @property
+    def continued(self) -> int:
+        """How many tokens of its continuation XY is run over: for its sites, and for KLs."""
+        return self.reference_tokens - 1 if self.is_scored else self.last_generated
+
+    @property
     def tail(self) -> int:
         """How many tokens at the end of a prompt stay out of the shared prefix.
 

@@ -23,7 +23,7 @@ from tiny import TinyDir
 
 from persona_nnsight import Grid, Model, capture, inject, read_table, substitute
 from persona_nnsight.backends.local import LocalBackend
-from persona_nnsight.method.conditions import SUBSTITUTE_CONDITIONS
+from persona_nnsight.method.conditions import ROUNDED, SUBSTITUTE_CONDITIONS
 from persona_nnsight.plan.costs import Limits
 
 
@@ -90,9 +90,9 @@ def test_substitute(persona: Persona, tiny_dir: TinyDir) -> None:
     columns = ["persona", "task", "condition", "host", "position", "layers", "kl", "n_tokens"]
     assert list(table) == columns
     assert (str(table["kl"].dtype), str(table["n_tokens"].dtype)) == ("float64", "int64")
-    assert len(table) == 6 * len(SUBSTITUTE_CONDITIONS) * 2 * 2
+    assert len(table) == 6 * len(FLOAT32_CONDITIONS) * 2 * 2
     assert not table.duplicated(columns[:6]).any()
-    assert list(dict.fromkeys(table["condition"])) == list(SUBSTITUTE_CONDITIONS)
+    assert list(dict.fromkeys(table["condition"])) == FLOAT32_CONDITIONS
 
     summary = pd.read_csv(out / "summary.csv")
     assert list(summary) == [
@@ -109,7 +109,7 @@ def test_substitute(persona: Persona, tiny_dir: TinyDir) -> None:
     assert {tuple(text) for text in texts} == {
         ("persona", "task", "condition", "position", "layers", "text", "n_tokens")
     }
-    assert len(texts) == 6 * (1 + (len(SUBSTITUTE_CONDITIONS) - 1) * 4)
+    assert len(texts) == 6 * (1 + (len(FLOAT32_CONDITIONS) - 1) * 4)
     assert {text["n_tokens"] for text in texts} == {5}
 
     manifest = json.loads((out / "run.json").read_text("utf-8"))
@@ -161,7 +161,7 @@ def test_one_cell(persona: Persona, tiny_dir: TinyDir, tiny: Callable[..., Model
     assert outcome.code == 0, outcome.err
     report = json.loads(outcome.out)
     single = pd.read_csv(Path(report["out"]) / "kl.csv").set_index("condition")["kl"]
-    assert set(single.index) == set(SUBSTITUTE_CONDITIONS) - {"other_x"}
+    assert set(single.index) == set(FLOAT32_CONDITIONS) - {"other_x"}
     grid = Grid.from_dict(
         {
             "name": "same",
@@ -236,6 +236,9 @@ def test_the_dry_run_counts_what_the_run_does(
     assert (result.cost.forward_passes, result.cost.token_forwards) == (passes, tokens)
 
 
+#: Those that run where nobody chooses.
+FLOAT32_CONDITIONS = [name for name in SUBSTITUTE_CONDITIONS if name != ROUNDED]
+
 BAD = {
     "unknown condition": (["--conditions", "additive,magic"], "'magic' does not exist; use"),
     "layer out of range": (["--layers", "5"], "Layer 5 does not exist: this model has 5 layers"),
@@ -306,7 +309,7 @@ def test_input_is_checked_before_weights_are_loaded(
     Path("outputs").write_text("not a directory")
     outcome = persona(*command)
     assert outcome.code == 2
-    assert "Cannot create 'outputs/substitute-llama-tiny-1'" in outcome.err
+    assert "cannot be written to 'outputs/substitute-llama-tiny-1'" in outcome.err
 
 
 def test_into_the_current_directory(persona: Persona, tiny_dir: TinyDir) -> None:

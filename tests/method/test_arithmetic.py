@@ -88,6 +88,14 @@ def test_random_is_as_long_as_the_joint_effect() -> None:
     assert float(step @ noise) == pytest.approx(3.0 * float(noise.norm()), rel=close)
 
 
+def test_rounded_moves_every_number_by_a_rounding_error() -> None:
+    unit = torch.finfo(torch.bfloat16).eps / 2
+    noise = torch.tensor([0.3, -2.0, 1.0])
+    moved = edit_vector("rounded", H, noise=noise, unit=unit)
+    assert torch.equal(moved / H["XY"] - 1, torch.tensor([unit, -unit, unit]))
+    assert torch.equal(edit_vector("rounded", H, noise=noise), H["XY"])
+
+
 def test_noise_depends_on_seed_position_and_layer_alone() -> None:
     first = seeded_noise(1, "g1", 8, 64)
     torch.manual_seed(99)

@@ -50,7 +50,7 @@ ALLOWED: dict[str, set[str]] = {
     "persona_nnsight/experiments/results.py": {"to_csv", "write_text", "open"},
     "persona_nnsight/reproduction/reproduce.py": {"to_csv", "write_text"},
     "persona_nnsight/report/write.py": {"write_text"},
-    "persona_nnsight/report/figures/canvas.py": {"write_text", "savefig"},
+    "persona_nnsight/pages/figures/canvas.py": {"write_text", "savefig"},
     "cli/persona_cli/commands/grids.py": {"write_text"},
     # Into a directory of its own in the cache of models, and in the system's temporary one.
     "persona_nnsight/models/weights/gguf_convert.py": {

@@ -465,4 +465,4 @@ def test_cli_import(tmp_path: Path) -> None:
     assert "not overwritten" in str(again.exception)
     astray = runner.invoke(root, ["grids", "import", str(script), "--out", str(out / "x.yaml")])
     assert isinstance(astray.exception, PersonaError)
-    assert "cannot be written" in str(astray.exception)
+    assert "Cannot create" in str(astray.exception)
