@@ -267,7 +267,16 @@ def _load_lm(
         )
     module.eval()
     module.requires_grad_(False)
-    return TransformersModel(module, **wrapping)
+    return TransformersModel(module, **wrapping, **stay(module))
+
+
+def stay(module: Any) -> dict[str, Any]:
+    """What `TransformersModel` has to be told for a loaded model to stay where it is.
+
+    The pipeline that it makes moves a model to the first GPU there is, unless it is told a device;
+    one that is shared out over several devices it leaves alone, and takes no device for.
+    """
+    return {} if getattr(module, "hf_device_map", None) else {"device": module.device}
 
 
 #: Set in the configuration of models that cap their attention logits (Gemma 2). transformers'

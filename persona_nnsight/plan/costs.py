@@ -85,8 +85,15 @@ def fit_limits(plan: Plan, tree: ModuleTree, *, budget: int, gpu: bool) -> Limit
     """
     kind = "gpu" if gpu else "cpu"
     row = _row_bytes(plan, tree)
+    # What a forward's tokens take is taken whatever the rows and cells; most is left to those.
+    tokens = _BATCH_TOKENS[kind]
+    while (
+        tokens > _BATCH_TOKENS["cpu"]
+        and 4 * working_bytes(plan, tree, Limits(1, 1, tokens)) > budget
+    ):
+        tokens //= 2
     rows = max(1, min(int(_ROWS_SHARE * budget) // row, _BATCH_TOKENS[kind]))
-    limits = Limits(min(len(plan.cells), _BATCH_CELLS[kind]), rows, _BATCH_TOKENS[kind])
+    limits = Limits(min(len(plan.cells), _BATCH_CELLS[kind]), rows, tokens)
     while limits.cells > 1 and working_bytes(plan, tree, limits) > budget:
         limits = replace(limits, cells=limits.cells - 1)
     left = budget - _chunk_bytes(plan, tree, limits)

@@ -24,7 +24,7 @@ from transformers import (
 )
 
 from persona_nnsight import Grid, Model
-from persona_nnsight.models.loading import DTYPES
+from persona_nnsight.models.loading import DTYPES, stay
 from persona_nnsight.models.module_tree import find_tree
 from persona_nnsight.models.weights.resolve import Weights
 
@@ -109,7 +109,7 @@ def random_model(
     module.eval()
     module.requires_grad_(False)
     return Model(
-        lm=TransformersModel(module, task="text-generation", tokenizer=tokenizer),
+        lm=TransformersModel(module, task="text-generation", tokenizer=tokenizer, **stay(module)),
         tokenizer=tokenizer,
         weights=Weights(spec=name, path=name, model_id=name, slug=name),
         tree=find_tree(module, DTYPES[dtype]),

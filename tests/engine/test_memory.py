@@ -92,20 +92,34 @@ def test_a_run_goes_on_in_halves(tiny64: Tiny, step: str, monkeypatch: pytest.Mo
     assert halved.frame()["kl"].tolist() == pytest.approx(whole.frame()["kl"].tolist(), abs=KL64)
 
 
-def test_limits_shrink_with_the_budget(tiny: Tiny) -> None:
+@pytest.mark.parametrize("gpu", [False, True])
+def test_limits_shrink_with_the_budget(tiny: Tiny, gpu: bool) -> None:
     model = tiny("llama")
     plan = Substitute(layers="all").plan(model, TINY_GRID)
     least = working_bytes(plan, model.tree, Limits(1, 1, 1024))
     before: Limits | None = None
     for share in (64, 8, 2, 1):
-        limits = fit_limits(plan, model.tree, budget=least * share, gpu=False)
+        limits = fit_limits(plan, model.tree, budget=least * share, gpu=gpu)
         assert working_bytes(plan, model.tree, limits) <= least * share
         if before is not None:
             assert limits.cells <= before.cells
             assert limits.rows <= before.rows
+            assert limits.tokens <= before.tokens
         before = limits
     assert before is not None
     assert (before.cells, before.rows) == (1, 1)
+
+
+def test_a_small_budget_on_a_gpu_leaves_room_for_rows(tiny: Tiny) -> None:
+    """A GPU's large forwards are made smaller first."""
+    model = tiny("llama")
+    plan = plan_substitute(model, TINY_GRID, layers="all")
+    budget = 4 * working_bytes(plan, model.tree, Limits(1, 1, 1024))
+    assert working_bytes(plan, model.tree, Limits(1, 1, 16384)) > budget
+    limits = fit_limits(plan, model.tree, budget=budget, gpu=True)
+    assert limits.tokens < 16384
+    assert limits.rows > 1
+    assert limits.cells > 1
 
 
 def test_a_budget_is_kept() -> None:

@@ -9,10 +9,13 @@ from typing import Any
 
 import pytest
 import torch
+from benchmarks.random_models import SPECIAL, random_model
 from cells import TINY_GRID, cell_prompts, lookup, reference_of
 from tiny import FAMILIES, N_LAYERS, Tiny, TinyDir, make_model_dir
+from transformers import LlamaConfig, PreTrainedModel
 
 from persona_nnsight import PersonaError, capture, load_model, substitute
+from persona_nnsight.models.loading import stay
 from persona_nnsight.models.module_tree import find_tree
 
 LAYER_PATHS = {
@@ -115,6 +118,34 @@ def test_a_residual_that_overflows(
 def test_auto_dtype_is_float32_on_a_cpu(tiny: Tiny) -> None:
     model = tiny("llama")
     assert (model.dtype, model.device) == (torch.float32, "cpu")
+
+
+@pytest.mark.parametrize("made", ["loaded", "random"])
+def test_a_model_stays_on_the_device_that_was_asked_for(
+    tiny_dir: TinyDir, monkeypatch: pytest.MonkeyPatch, made: str
+) -> None:
+    """Where there is a GPU, transformers' pipelines would move every model to it."""
+    moves: list[Any] = []
+
+    def move(module: Any, *where: Any, **_: Any) -> Any:
+        moves.append(where)
+        return module
+
+    monkeypatch.setattr("transformers.pipelines.base.is_torch_cuda_available", lambda: True)
+    monkeypatch.setattr(PreTrainedModel, "to", move)
+    if made == "loaded":
+        model = load_model(str(tiny_dir("llama")), device="cpu")
+    else:
+        config = LlamaConfig(hidden_size=32, num_hidden_layers=1, vocab_size=512, **SPECIAL)
+        model = random_model("tiny", config, ["a text"], device="cpu")
+    assert moves == []
+    assert model.lm.pipeline.device == torch.device("cpu")
+    assert {parameter.device.type for parameter in model.lm._module.parameters()} == {"cpu"}
+
+
+def test_a_model_on_several_devices_is_not_told_one() -> None:
+    shared: Any = SimpleNamespace(hf_device_map={"a": 0, "b": 1}, device=torch.device("cuda:0"))
+    assert stay(shared) == {}
 
 
 def test_gemma_2_computes_its_soft_cap(tiny: Tiny, tiny_dir: TinyDir) -> None:
