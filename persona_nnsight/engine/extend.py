@@ -68,11 +68,7 @@ class HostRun:
 
 
 def extend(chunk: Chunk, decoded: Decoded, key: str) -> HostRun:
-    """Run the prompts `key` of all cells over XY's continuation.
-
-    Raises:
-        PersonaError: an output that is not finite.
-    """
+    """Run the prompts `key` of all cells over XY's continuation."""
     lm, plan, layers, prefix = chunk.lm, chunk.plan, chunk.layers, chunk.prefix
     prompts = [cell.prompts[key] for cell in chunk.cells]
     rows = chunk.rows(prompts)
@@ -101,12 +97,18 @@ def extend(chunk: Chunk, decoded: Decoded, key: str) -> HostRun:
     if not kv.is_whole:
         kv = prefix.kv.select(rows)
     opening = prefix.opening.shape[1]
-    if not kept:
-        return HostRun(key, ids, opening, kv, residuals, sites, None)
+    return HostRun(key, ids, opening, kv, residuals, sites, clean if kept else None)
+
+
+def check_clean(chunk: Chunk, decoded: Decoded, clean: Clean) -> None:
+    """Refuse logits of the unedited role prompt that are not numbers.
+
+    Raises:
+        PersonaError: says where they come from.
+    """
     for cell, length in enumerate(decoded.lengths.tolist()):
         if clean.logprobs[cell, :length].isnan().any():
-            raise output_not_finite(chunk, key, cell, decoded.continuations[cell])
-    return HostRun(key, ids, opening, kv, residuals, sites, clean)
+            raise output_not_finite(chunk, "XY", cell, decoded.continuations[cell])
 
 
 def entry_layer(plan: Plan, edit: Edit) -> int:

@@ -11,7 +11,7 @@ import torch
 from persona_nnsight.engine.attention import grouped_attention
 from persona_nnsight.engine.chunk import Chunk
 from persona_nnsight.engine.decode import Decoded, decode
-from persona_nnsight.engine.extend import HostRun, extend
+from persona_nnsight.engine.extend import HostRun, check_clean, extend
 from persona_nnsight.engine.memory import in_batches
 from persona_nnsight.engine.prefill import prefill
 from persona_nnsight.engine.record import Record, public_geometry, public_residuals, record
@@ -58,6 +58,8 @@ def run(
         with wide_logits(lm):
             hosts = {key: extend(chunk, decoded, key) for key in keys}
         recorded = record(chunk, decoded, hosts["XY"].sites)
+        if (clean := hosts["XY"].clean) is not None:
+            check_clean(chunk, decoded, clean)
         return _Prepared(chunk, decoded, recorded, hosts if scored else {})
 
     with grouped_attention(lm):

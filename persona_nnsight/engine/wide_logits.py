@@ -14,13 +14,12 @@ from contextlib import contextmanager
 from typing import Any
 
 import torch
-from packaging.version import Version
 from torch import Tensor, nn
 
 #: Rows of the output embedding that are in float32 at a time.
 _BLOCK = 1 << 14
 #: From this version on CUDA's products can be of more bits than their factors.
-_WIDE_PRODUCTS = Version(torch.__version__) >= Version("2.8")
+_WIDE_PRODUCTS = tuple(map(int, torch.__version__.split(".")[:2])) >= (2, 8)
 
 
 @contextmanager
@@ -34,11 +33,14 @@ def wide_logits(lm: Any) -> Iterator[None]:
         yield
         return
     own: Any = head
+    before = vars(head).get("forward")  # nnsight puts one there
     own.forward = lambda hidden: _product(head, hidden)
     try:
         yield
     finally:
         del own.forward
+        if before is not None:
+            own.forward = before
 
 
 def _product(head: nn.Linear, hidden: Tensor) -> Tensor:
@@ -51,4 +53,4 @@ def _product(head: nn.Linear, hidden: Tensor) -> Tensor:
         wide = torch.cat([rows.float() @ block.float().T for block in blocks], dim=1)
     if head.bias is not None:
         wide = wide + head.bias.float()
-    return wide.reshape(*hidden.shape[:-1], -1)
+    return wide.reshape(*hidden.shape[:-1], wide.shape[-1])

@@ -113,7 +113,7 @@ def test_limits_shrink_with_the_budget(tiny: Tiny, gpu: bool) -> None:
 def test_a_small_budget_on_a_gpu_leaves_room_for_rows(tiny: Tiny) -> None:
     """A GPU's large forwards are made smaller first."""
     model = tiny("llama")
-    plan = plan_substitute(model, TINY_GRID, layers="all")
+    plan = Substitute(layers="all").plan(model, TINY_GRID)
     budget = 4 * working_bytes(plan, model.tree, Limits(1, 1, 1024))
     assert working_bytes(plan, model.tree, Limits(1, 1, 16384)) > budget
     limits = fit_limits(plan, model.tree, budget=budget, gpu=True)

@@ -86,7 +86,7 @@ def check_positions(text: str) -> None:
 
 def check_conditions(text: str) -> None:
     with refused():
-        found = _conditions(text, _GRID)
+        found = _conditions(text, _GRID, rounds=False)
         assert found
         assert found == [name for name in SUBSTITUTE_CONDITIONS if name in found]
 
