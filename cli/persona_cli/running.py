@@ -241,6 +241,10 @@ def _quiet_libraries(verbose: bool) -> None:
     logging.set_verbosity_error()
 
 
+#: What a dry run says of a dtype of few bits.
+_ROUNDING = "shows in KLs in this dtype: compare with condition rounded, or use --dtype float32"
+
+
 def show_costs(
     model: Model,
     grid: Grid,
@@ -275,6 +279,7 @@ def show_costs(
         "rows": f"{plan.n_results}: {cost.cells} cells recorded, the rest KLs and texts",
         "unique prompts": f"{cost.unique_prompts}, {cost.prompt_tokens} tokens",
         "tokens": f"{cost.token_forwards} through the model",
+        **({"rounding": _ROUNDING} if model.rounds else {}),
         **(
             {"jobs": f"{jobs}, up to {limits.cells} cells each"}
             if remote

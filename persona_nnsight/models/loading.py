@@ -163,6 +163,12 @@ def _device(device: str) -> str:
     )
 
 
+def default_placement() -> tuple[str, torch.dtype]:
+    """The device and the dtype that ``auto`` is on this machine."""
+    device = _device("auto")
+    return device, _dtype("auto", device)
+
+
 def _dtype(dtype: str, device: str) -> torch.dtype:
     if dtype == "auto":
         return torch.float32 if device == "cpu" else torch.bfloat16

@@ -67,6 +67,11 @@ def published(table: str, model: str) -> pd.DataFrame:
     return figures[chosen].reset_index(drop=True)
 
 
+def published_dtype(model: str) -> str:
+    """The dtype that one of `PAPER_MODELS` was run in for the paper."""
+    return str(published("table1", model)["dtype"].iloc[0])
+
+
 def paper_model(model_id: str) -> str | None:
     """The paper's model that a hub id names, upper or lower case; None if it is another one."""
     return next((known for known in PAPER_MODELS if known.lower() == model_id.lower()), None)

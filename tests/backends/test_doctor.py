@@ -7,6 +7,7 @@ from typing import Any
 
 import nnsight
 import pytest
+import torch
 from commands import Outcome, Persona
 from fake_ndif import DROP, KEY, FakeNdif, Reply
 from ndif_world import assert_no_key
@@ -92,4 +93,27 @@ def test_doctor_without_a_key(
 def test_doctor_of_this_machine(persona: Persona, tiny_dir: TinyDir) -> None:
     outcome = persona("doctor", "-m", tiny_dir("llama"), "--json")
     assert outcome.code == 0, outcome.out
-    assert set(findings(outcome)) == {"python", "nnsight", "torch", "transformers", "model here"}
+    assert set(findings(outcome)) == {
+        "python",
+        "nnsight",
+        "torch",
+        "transformers",
+        "model here",
+        "dtype",
+    }
+
+
+def test_doctor_says_what_the_dtype_costs(
+    persona: Persona, tiny_dir: TinyDir, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    here = ("doctor", "-m", tiny_dir("llama"), "--json")
+    assert findings(persona(*here))["dtype"] == (
+        "ok",
+        "float32 on cpu: rounding stays below 1e-5 nats",
+    )
+    monkeypatch.setattr(
+        "persona_nnsight.models.loading.default_placement", lambda: ("cuda:0", torch.bfloat16)
+    )
+    verdict, text = findings(persona(*here))["dtype"]
+    assert verdict == "note"
+    assert text.startswith("bfloat16 on cuda:0: rounding shows in KLs")

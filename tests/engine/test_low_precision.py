@@ -79,9 +79,8 @@ def test_a_model_is_put_back_as_it_was(tiny_dir: TinyDir) -> None:
         if kept is not None:
             head.forward = kept
         before = vars(head).get("forward")
-        with pytest.raises(ZeroDivisionError), wide_logits(model.lm):
+        with wide_logits(model.lm):
             assert vars(head)["forward"] is not before
-            raise ZeroDivisionError
         assert vars(head).get("forward") is before
 
 

@@ -13,7 +13,7 @@ from cells import TINY_GRID
 from commands import Persona
 from rounding import KL32, assert_same_table
 from studies import study_of
-from tiny import Tiny
+from tiny import Tiny, TinyDir
 
 from persona_nnsight import Grid, Model, PersonaError, inject, read_table, substitute
 from persona_nnsight.engine.run import run
@@ -29,7 +29,12 @@ from persona_nnsight.reproduction.protocol import (
     plan_table,
     reference_layers,
 )
-from persona_nnsight.reproduction.published import PAPER_MODELS, REFERENCE_MODEL, published
+from persona_nnsight.reproduction.published import (
+    PAPER_MODELS,
+    REFERENCE_MODEL,
+    paper_model,
+    published,
+)
 from persona_nnsight.reproduction.reproduce import Reproduction, ReproductionInterrupted, reproduce
 
 LONG = Grid.from_dict(
@@ -367,3 +372,22 @@ def test_bad_commands(
     assert said in outcome.err
     assert len(outcome.err.splitlines()) == 1
     assert not Path("outputs").exists()
+
+
+def test_a_model_of_the_paper_runs_in_its_dtype(
+    persona: Persona, tiny_dir: TinyDir, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    directory = str(tiny_dir("llama"))
+    command = ("reproduce", "-m", directory, "--only", "table1", "--dry-run")
+    assert "float32 on cpu" in persona(*command).out
+    known = paper_model
+
+    def named(model: str) -> str | None:
+        return "Qwen/Qwen2.5-1.5B-Instruct" if model == directory else known(model)
+
+    monkeypatch.setattr("persona_nnsight.reproduction.published.paper_model", named)
+    outcome = persona(*command)
+    assert "bfloat16 on cpu" in outcome.out
+    assert "in bfloat16, as published" in outcome.err
+    assert "rounded" in outcome.out
+    assert "float32 on cpu" in persona(*command, "--dtype", "float32").out

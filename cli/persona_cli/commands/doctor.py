@@ -62,6 +62,8 @@ def doctor(
 
             server = Server(ndif_host, insecure=insecure)
             findings += _server(server, model, revision)
+        else:
+            findings.append(_dtype_here())
     if as_json:
         show_json([asdict(finding) for finding in findings])
     else:
@@ -102,6 +104,21 @@ def _this_machine() -> list[Finding]:
         text = found if fits else f"{found}, and persona needs {requirement.specifier}"
         findings.append(Finding(requirement.name, "ok" if fits else "problem", text))
     return findings
+
+
+def _dtype_here() -> Finding:
+    """What a run computes in where nothing is asked for, and what that costs."""
+    from persona_nnsight.models.loading import default_placement
+
+    device, dtype = default_placement()
+    rounds = dtype.itemsize < 4
+    cost = (
+        "rounding shows in KLs (condition rounded); --dtype float32 takes twice the memory"
+        if rounds
+        else "rounding stays below 1e-5 nats"
+    )
+    name = str(dtype).removeprefix("torch.")
+    return Finding("dtype", "note" if rounds else "ok", f"{name} on {device}: {cost}")
 
 
 def _model_here(spec: str, revision: str | None, *, weights: bool) -> Finding:

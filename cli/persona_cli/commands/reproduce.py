@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping
+from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -76,7 +77,8 @@ def reproduce(
     the paper's on its three models (google/gemma-2-2b-it, Qwen/Qwen2.5-1.5B-Instruct,
     Qwen/Qwen2.5-3B-Instruct) and as deep on any other. What the tables share is computed once.
 
-    On a model of the paper, the difference from its figures is shown; on another one its
+    On a model of the paper, which runs in the published dtype unless --dtype names another, the
+    difference from its figures is shown; on another one its
     google/gemma-2-2b-it figures stand beside ours for orientation. The texts of the built-in long
     grid are our own; run a file with the paper's stimuli to compare like with like.
 
@@ -86,6 +88,7 @@ def reproduce(
     Example: persona reproduce --only table1,figure1
     """
     from persona_nnsight.report.write import write_report
+    from persona_nnsight.reproduction.published import paper_model, published_dtype
     from persona_nnsight.reproduction.reproduce import (
         ReproductionInterrupted,
         carry_out,
@@ -95,6 +98,11 @@ def reproduce(
     )
 
     short, long = _grids(grids or [])
+    named = paper_model(model.model)
+    if named is not None and model.dtype == "auto":
+        dtype = published_dtype(named)
+        note_step(f"Running {named} in {dtype}, as published")
+        model = replace(model, dtype=dtype)
 
     def show_plan(skeleton: Model, tables: list[PaperTable]) -> None:
         passes = in_passes(tables)
