@@ -121,6 +121,7 @@ def _geometry(table: pd.DataFrame) -> Iterable[str]:
 def _sum_and_controls(table: pd.DataFrame) -> Iterable[str]:
     """How close Δ_X+Δ_Y comes to Δ_XY, and how much of that adding Δ_X to Δ_Y gains."""
     from persona_nnsight.analysis.geometry_tables import RATIOS, change
+    from persona_nnsight.analysis.verdicts import HIGHER
 
     measured = [name for name in RATIOS if name in table and table[name].notna().any()]
     medians = table.groupby(["position", "layer"], sort=False)[measured].median()
@@ -140,20 +141,27 @@ def _sum_and_controls(table: pd.DataFrame) -> Iterable[str]:
         f"{_span(medians['cos_xy_y'], '{:.2f}')}; Δ_X+Δ_Y leaves {rest} % of ‖Δ_XY‖, and Δ_Y alone "
         f"{_span(100 * medians['rest_y'], '{:.0f}')} % ({over})."
     )
-    yield (
-        f"Adding Δ_X to Δ_Y changes the cosine by {_span(gain.medians, '{:+.3f}')}{_told(gain)}, "
-        f"and what is left by {_span(100 * left.medians, '{:+.1f}')} points{_told(left)} (median "
-        f"over cells of the difference, from the lowest site to the highest{_how(gain)})."
-        + _caution(gain)
-    )
+    said = [
+        f"Adding Δ_X to Δ_Y changes the cosine by a median of {_span(gain.medians, '{:+.3f}')}"
+        f"{_told(gain)} and what is left by a median of {_span(100 * left.medians, '{:+.1f}')} "
+        f"points{_told(left)}."
+    ]
     other = change(table, "cos_xy_other", "cos_xy_y")
     against = change(table, "cos_xy_sum", "cos_xy_other")
     if other is not None and against is not None:
-        yield (
-            f"Adding another persona's Δ_X′ in its place, the control, changes the cosine by "
+        said.append(
+            "Adding another persona's Δ_X′, the control, changes the cosine by a median of "
             f"{_span(other.medians, '{:+.3f}')}{_told(other)}; with Δ_X it is above that with Δ_X′ "
-            f"by {_span(against.medians, '{:+.3f}')}{_told(against)}."
+            f"by a median of {_span(against.medians, '{:+.3f}')}{_told(against)}."
         )
+    if gain.is_told:
+        if gain.sites(HIGHER) < len(gain.words):
+            said.append(
+                "Where adding Δ_X does not raise it, a high cosine with the sum does not show that "
+                "the effects add up."
+            )
+        said.append("Sites are counted by 95 % intervals that hold for all of them at once.")
+    yield " ".join(said)
 
 
 def _span(values: Any, form: str) -> str:
@@ -172,16 +180,3 @@ def _told(change: Change) -> str:
         return ""
     up, down, n = change.sites(HIGHER), change.sites(LOWER), len(change.words)
     return f" (up at {up} of {n} sites, down at {down}, undecided at {n - up - down})"
-
-
-def _caution(gain: Change) -> str:
-    """That a cosine with the sum is no evidence for Δ_X where adding it gains nothing."""
-    from persona_nnsight.analysis.verdicts import HIGHER
-
-    if not gain.is_told or gain.sites(HIGHER) == len(gain.words):
-        return ""
-    return " Where it is not up, a high cosine with the sum does not show that the effects add up."
-
-
-def _how(change: Change) -> str:
-    return "; sites counted by 95 % intervals of all sites at once" if change.is_told else ""
