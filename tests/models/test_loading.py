@@ -94,7 +94,8 @@ def written_by(condition: str, h: dict[str, Tensor], noise: Tensor) -> Tensor:
     if condition == "steer":
         return h["BB"] + 0.3 * (h["XB"] - h["BB"]) + 1.7 * (h["BY"] - h["BB"])
     if condition == "random":
-        return h["BB"] + noise * ((h["XY"] - h["BB"]).norm() / noise.norm())
+        drawn: Tensor = h["BB"] + noise * ((h["XY"] - h["BB"]).norm() / noise.norm())
+        return drawn
     return vector(condition, h)
 
 
