@@ -114,11 +114,41 @@ COLUMNS = (
         *("cos_xy_sum", "float", "cos(Δ_XY, Δ_X + Δ_Y)", "cos(Δ_XY, Δ_X + Δ_Y)", ""),
         has_interval=True,
     ),
+    Column(
+        *("cos_xy_y", "float", "control: cos(Δ_XY, Δ_Y), without the persona"),
+        "cos(Δ_XY, Δ_Y)",
+        has_interval=True,
+    ),
+    Column(
+        *("cos_xy_x", "float", "control: cos(Δ_XY, Δ_X), without the task"),
+        "cos(Δ_XY, Δ_X)",
+        has_interval=True,
+    ),
+    Column(
+        *("cos_xy_other", "float", "control: cos(Δ_XY, Δ_X′ + Δ_Y), with another persona's Δ_X′"),
+        "cos(Δ_XY, Δ_X′ + Δ_Y)",
+        has_interval=True,
+    ),
     Column("cos_x_y", "float", "cos(Δ_X, Δ_Y)", "cos(Δ_X, Δ_Y)", has_interval=True),
     Column("inter_over_xy", "float", "‖Inter‖ / ‖Δ_XY‖", "‖Inter‖ / ‖Δ_XY‖", has_interval=True),
     Column(
-        *("inter_over_xy_normed", "float", "the same after the layer's input norm"),
-        "the same after the norm",
+        *("rest_y", "float", "control: ‖Δ_XY − Δ_Y‖ / ‖Δ_XY‖, what Δ_Y alone leaves"),
+        "‖Δ_XY − Δ_Y‖ / ‖Δ_XY‖",
+        has_interval=True,
+    ),
+    Column(
+        *("rest_x", "float", "control: ‖Δ_XY − Δ_X‖ / ‖Δ_XY‖, what Δ_X alone leaves"),
+        "‖Δ_XY − Δ_X‖ / ‖Δ_XY‖",
+        has_interval=True,
+    ),
+    Column(
+        *("rest_other", "float", "control: ‖Δ_XY − Δ_X′ − Δ_Y‖ / ‖Δ_XY‖"),
+        "‖Δ_XY − Δ_X′ − Δ_Y‖ / ‖Δ_XY‖",
+        has_interval=True,
+    ),
+    Column(
+        *("inter_over_xy_normed", "float", "`inter_over_xy` after the layer's input norm"),
+        "‖Inter‖ / ‖Δ_XY‖ after the norm",
         has_interval=True,
     ),
     Column("norm_dx", "float", "the length of Δ_X"),

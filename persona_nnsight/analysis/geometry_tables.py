@@ -3,13 +3,17 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 import numpy as np
 import pandas as pd
+from numpy.typing import NDArray
 
 from persona_nnsight.analysis.bootstrap import drawn_medians, interval
 from persona_nnsight.analysis.columns import CELL
+from persona_nnsight.analysis.resampling import Crossed, Floats
+from persona_nnsight.analysis.verdicts import NO_VERDICT, simultaneous, verdicts
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -17,8 +21,15 @@ if TYPE_CHECKING:
     from persona_nnsight.plan.plan import Plan
 
 
-#: The measures of geometry that are summarised.
-RATIOS = ("cos_xy_sum", "cos_x_y", "inter_over_xy", "inter_over_xy_normed")
+#: Cosines of Δ_XY with the sum and with its controls, and of the two effects.
+COSINES = ("cos_xy_sum", "cos_xy_y", "cos_xy_x", "cos_xy_other", "cos_x_y")
+#: What the sum and its controls leave of Δ_XY, as shares of its length.
+RESTS = ("inter_over_xy", "rest_y", "rest_x", "rest_other", "inter_over_xy_normed")
+#: The measures of geometry that are summarised; a table may be without some of them.
+RATIOS = (*COSINES, *RESTS)
+
+#: Differences of cosines and of shares up to this are rounding of float32.
+ROUNDING = 1e-5
 
 
 def geometry_table(
@@ -27,7 +38,7 @@ def geometry_table(
     """One row per cell and site: the columns of `persona_nnsight.method.geometry.decompose`.
 
     ``inter_over_xy_normed`` is ``inter_over_xy`` after the layer's input norm; the column is
-    missing for architectures without one.
+    missing for architectures without one, those of another persona's Δ_X where there is none.
 
     Args:
         plan: the plan that was run.
@@ -65,3 +76,43 @@ def geometry_summary(table: pd.DataFrame) -> pd.DataFrame:
         summary[f"{name}_lo"], summary[f"{name}_hi"] = ends
     summary["n"] = site["cos_xy_sum"].count().to_numpy()
     return summary
+
+
+@dataclass(frozen=True)
+class Change:
+    """How much one measure of geometry is above another, cell by cell, at every site.
+
+    Attributes:
+        medians: over cells of the differences, one per site.
+        words: for each site which side of 0 they are on (`persona_nnsight.analysis.verdicts`), by
+            95 % intervals that hold for all sites at once; empty words with too few cells.
+    """
+
+    medians: Floats
+    words: NDArray[np.str_]
+
+    @property
+    def is_told(self) -> bool:
+        """Whether any site has an interval."""
+        return bool((self.words != NO_VERDICT).any())
+
+    def sites(self, word: str) -> int:
+        """At how many sites the interval says so."""
+        return int((self.words == word).sum())
+
+
+def change(table: pd.DataFrame, name: str, plain: str) -> Change | None:
+    """By how much the measure `name` is above `plain`; None where a table lacks one of them.
+
+    Sites at which no cell has both are left out.
+    """
+    if not {name, plain} <= set(table):
+        return None
+    differences = (table[name] - table[plain]).set_axis(
+        pd.MultiIndex.from_frame(table[[*CELL, "position", "layer"]])
+    )
+    wide = differences.unstack(["position", "layer"]).dropna(axis=1, how="all")
+    if not wide.shape[1]:
+        return None
+    draws = Crossed(wide.index).medians(wide.to_numpy(dtype=float))
+    return Change(draws.estimate, verdicts(*simultaneous(draws), floor=ROUNDING))

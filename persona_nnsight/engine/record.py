@@ -62,6 +62,7 @@ def record(chunk: Chunk, decoded: Decoded, xy: Sites) -> Record:
     keys = [key for key in plan.roles if key != "XY"]
     found = [xy, _baselines(chunk, keys, decoded.continuations)]
     residuals = _by_key(chunk, keys, [sites.residuals for sites in found])
+    # A given Δ_X has no prompt XB beside it whose residual it could be taken from.
     geometry = decompose(residuals) if "XB" in residuals else {}
     if geometry and xy.normed:
         after_norm = decompose(_by_key(chunk, keys, [sites.normed for sites in found]))

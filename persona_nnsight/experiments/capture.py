@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from persona_nnsight.analysis.columns import GEOMETRY_FILES
 from persona_nnsight.experiments.arguments import (
@@ -23,6 +23,7 @@ from persona_nnsight.plan.building import build_plan
 if TYPE_CHECKING:
     import pandas as pd
 
+    from persona_nnsight.analysis.geometry_tables import Change
     from persona_nnsight.experiments.results import CaptureResult
     from persona_nnsight.models.loading import Model
     from persona_nnsight.pages.blocks import Section
@@ -75,7 +76,7 @@ class Capture(Experiment["CaptureResult"]):
 
     @staticmethod
     def sentences(tables: Mapping[str, pd.DataFrame]) -> Iterable[str]:
-        """How well the effects add up, and what the norm takes."""
+        """How close the sum of the effects comes, what Δ_X gains, and what the norm takes."""
         return _geometry(tables["geometry"]) if len(tables["geometry"]) else ()
 
     @staticmethod
@@ -100,13 +101,7 @@ def _geometry(table: pd.DataFrame) -> Iterable[str]:
         table = table[lengths.transform("median") > 0]
     if table["cos_xy_sum"].isna().all():
         return
-    medians = table.groupby(["position", "layer"], sort=False)[["cos_xy_sum", "inter_over_xy"]]
-    cosines, rest = medians.median()["cos_xy_sum"], medians.median()["inter_over_xy"]
-    yield (
-        f"cos(Δ_XY, Δ_X+Δ_Y) is {cosines.min():.2f} to {cosines.max():.2f} (1 where the effects "
-        f"add up in direction), and ‖Inter‖ is {100 * rest.min():.0f} to {100 * rest.max():.0f} % "
-        "of ‖Δ_XY‖."
-    )
+    yield from _sum_and_controls(table)
     if "inter_over_xy_normed" not in table:
         return
     change = table.assign(change=table["inter_over_xy_normed"] - table["inter_over_xy"])
@@ -121,3 +116,67 @@ def _geometry(table: pd.DataFrame) -> Iterable[str]:
         f"‖Inter‖/‖Δ_XY‖ smaller at {smaller} of {sites.shape[1]} sites and larger at {larger} "
         f"(median change {sites.median().median():+.3f})."
     )
+
+
+def _sum_and_controls(table: pd.DataFrame) -> Iterable[str]:
+    """How close Δ_X+Δ_Y comes to Δ_XY, and how much of that adding Δ_X to Δ_Y gains."""
+    from persona_nnsight.analysis.geometry_tables import RATIOS, change
+    from persona_nnsight.analysis.verdicts import HIGHER
+
+    measured = [name for name in RATIOS if name in table and table[name].notna().any()]
+    medians = table.groupby(["position", "layer"], sort=False)[measured].median()
+    cosine = _span(medians["cos_xy_sum"], "{:.2f}")
+    rest = _span(100 * medians["inter_over_xy"], "{:.0f}")
+    over = "medians over cells, from the lowest site to the highest"
+    gain = change(table, "cos_xy_sum", "cos_xy_y")
+    left = change(table, "inter_over_xy", "rest_y")
+    if gain is None or left is None:
+        yield (
+            f"cos(Δ_XY, Δ_X+Δ_Y) is {cosine}, and ‖Inter‖ is {rest} % of ‖Δ_XY‖ ({over}). Without "
+            "Δ_Y alone beside it that does not tell whether the effects add up."
+        )
+        return
+    yield (
+        f"cos(Δ_XY, Δ_X+Δ_Y) is {cosine}, and cos(Δ_XY, Δ_Y) without Δ_X is "
+        f"{_span(medians['cos_xy_y'], '{:.2f}')}; Δ_X+Δ_Y leaves {rest} % of ‖Δ_XY‖, and Δ_Y alone "
+        f"{_span(100 * medians['rest_y'], '{:.0f}')} % ({over})."
+    )
+    said = [
+        f"Adding Δ_X to Δ_Y changes the cosine by a median of {_span(gain.medians, '{:+.3f}')}"
+        f"{_told(gain)} and what is left by a median of {_span(100 * left.medians, '{:+.1f}')} "
+        f"points{_told(left)}."
+    ]
+    other = change(table, "cos_xy_other", "cos_xy_y")
+    against = change(table, "cos_xy_sum", "cos_xy_other")
+    if other is not None and against is not None:
+        said.append(
+            "Adding another persona's Δ_X′, the control, changes the cosine by a median of "
+            f"{_span(other.medians, '{:+.3f}')}{_told(other)}; with Δ_X it is above that with Δ_X′ "
+            f"by a median of {_span(against.medians, '{:+.3f}')}{_told(against)}."
+        )
+    if gain.is_told:
+        if gain.sites(HIGHER) < len(gain.words):
+            said.append(
+                "Where adding Δ_X does not raise it, a high cosine with the sum does not show that "
+                "the effects add up."
+            )
+        said.append("Sites are counted by 95 % intervals that hold for all of them at once.")
+    yield " ".join(said)
+
+
+def _span(values: Any, form: str) -> str:
+    """``0.12 to 0.34``, or one number where both ends are the same; missing values left out."""
+    import numpy as np
+
+    ends = [form.format(end + 0.0) for end in (np.nanmin(values), np.nanmax(values))]
+    return ends[0] if ends[0] == ends[1] else " to ".join(ends)
+
+
+def _told(change: Change) -> str:
+    """At how many sites the intervals leave out 0; nothing where there are none."""
+    from persona_nnsight.analysis.verdicts import HIGHER, LOWER
+
+    if not change.is_told:
+        return ""
+    up, down, n = change.sites(HIGHER), change.sites(LOWER), len(change.words)
+    return f" (up at {up} of {n} sites, down at {down}, undecided at {n - up - down})"

@@ -53,7 +53,10 @@ def build_plan(
         return prompts[text]
 
     wanted = {*RESIDUAL_KEYS, *(key for edit in edits for key in edit.prompts)}
-    if given_x is not None:
+    if given_x is None:
+        # The geometry, which every such plan measures, has another persona's Δ_X as a control.
+        wanted.add(DONOR_KEY)
+    else:
         wanted.remove("XB")
     cells = tuple(
         CellPlan(

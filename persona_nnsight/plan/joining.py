@@ -70,31 +70,32 @@ class JointPlan:
 
 
 def join(plans: Sequence[Plan]) -> JointPlan:
-    """Make one plan of several, which were made for the same model and the same baselines.
+    """Make one plan of several, in which each finds what it would find alone.
+
+    Each keeps its own continuation, positions, layers and texts. What a run has once only has to
+    be the same in all of them.
 
     Raises:
-        ValueError: plans that cannot share a run: other windows or seeds, other Δ_X to use, one
-            name for two cells, or cells of which only some need the residual of another persona.
+        ValueError: plans that cannot share a run: other windows of KLs, seeds, ends of text or Δ_X
+            to use, another model's tokens, one name for two cells or for a cell with two
+            baselines or donors, or residuals of other prompts.
     """
     first = plans[0]
-    windows = {plan.window for plan in plans if any(edit.scored for edit in plan.edits)}
-    if len(windows) > 1 or any(
-        (plan.given_x, plan.seed) != (first.given_x, first.seed) for plan in plans
-    ):
-        raise ValueError("plans with different windows, seeds or given effects cannot be joined")
-    prompts: dict[str, Prompt] = {p.text: p for plan in plans for p in plan.prompts}
+    windows = _check_common(plans)
+    prompts = _all_prompts(plans)
     place = {text: index for index, text in enumerate(prompts)}
     cells: dict[tuple[str, str], CellPlan] = {}
     for plan in plans:
         for cell in plan.cells:
             own = {key: place[plan.prompts[i].text] for key, i in cell.prompts.items()}
             known = cells.get((cell.persona, cell.task))
-            if known is not None and known.prompts["XY"] != own["XY"]:
-                raise ValueError(f"{cell.persona}/{cell.task} is another prompt in each plan")
             before = {} if known is None else known.prompts
+            for key in own:
+                if before.get(key, own[key]) != own[key]:
+                    raise ValueError(
+                        f"{cell.persona}/{cell.task} has another prompt {key} in each plan"
+                    )
             cells[cell.persona, cell.task] = replace(cell, prompts={**before, **own})
-    if len({frozenset(cell.prompts) - {TASK_KEY} for cell in cells.values()}) > 1:
-        raise ValueError("plans whose cells need different residuals cannot be joined")
     number = {key: index for index, key in enumerate(cells)}
     numbers = [[number[cell.persona, cell.task] for cell in plan.cells] for plan in plans]
     asked = {name for plan in plans for name in plan.positions}
@@ -105,6 +106,8 @@ def join(plans: Sequence[Plan]) -> JointPlan:
         layers=tuple(sorted({layer for plan in plans for layer in plan.layers})),
         positions=tuple(name for name in POSITIONS if name in asked),
         window=max(windows, default=first.window),
+        # What the longest of them asks for; `JointPlan.split` cuts it for the others.
+        continuation=max(plan.reference_tokens for plan in plans),
         keeps_residuals=any(plan.keeps_residuals for plan in plans),
         edits=tuple(
             _on_cells(edit, own, len(cells))
@@ -120,6 +123,37 @@ def join(plans: Sequence[Plan]) -> JointPlan:
             (part, edit) for part, plan in enumerate(plans) for edit in range(len(plan.edits))
         ),
     )
+
+
+def _check_common(plans: Sequence[Plan]) -> set[int]:
+    """Refuse plans that differ in what a run has once only; give the windows of their KLs."""
+    first = plans[0]
+    windows = {plan.window for plan in plans if any(edit.scored for edit in plan.edits)}
+    if len(windows) > 1 or any(
+        (plan.given_x, plan.seed) != (first.given_x, first.seed) for plan in plans
+    ):
+        raise ValueError("plans with different windows, seeds or given effects cannot be joined")
+    if any(set(plan.eos_ids) != set(first.eos_ids) for plan in plans):
+        raise ValueError("plans whose texts end at different tokens cannot be joined")
+    # Given effects are numbered by the plan's own positions and layers.
+    if first.given_x is not None and any(
+        (plan.positions, plan.layers) != (first.positions, first.layers) for plan in plans
+    ):
+        raise ValueError("plans with given effects at different sites cannot be joined")
+    # Also where the cells are the same: what is measured depends on it.
+    if len({frozenset(cell.prompts) - {TASK_KEY} for p in plans for cell in p.cells}) > 1:
+        raise ValueError("plans whose cells need different residuals cannot be joined")
+    return windows
+
+
+def _all_prompts(plans: Sequence[Plan]) -> dict[str, Prompt]:
+    """The prompts of all plans by their text, in first-use order."""
+    prompts: dict[str, Prompt] = {}
+    for plan in plans:
+        for prompt in plan.prompts:
+            if prompts.setdefault(prompt.text, prompt) != prompt:
+                raise ValueError(f"the prompt {prompt.text!r} has other tokens in each plan")
+    return prompts
 
 
 def _on_cells(edit: Edit, numbers: Sequence[int], n_cells: int) -> Edit:

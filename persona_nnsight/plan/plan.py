@@ -100,6 +100,8 @@ class Plan:
         pad_id: a token for padding; attention never sees it.
         seed: of the ``random`` condition.
         given_x: Δ_X to use in place of the run's own, by persona: [positions][layers][d_model].
+        continuation: length of the clean continuation, at least `last_generated` + 1 and as much
+            as the windows of the edits reach; None for the window of the last position.
     """
 
     command: str
@@ -114,6 +116,7 @@ class Plan:
     pad_id: int
     seed: int
     given_x: dict[str, Given] | None = None
+    continuation: int | None = None
 
     @property
     def last_generated(self) -> int:
@@ -123,6 +126,8 @@ class Plan:
     @property
     def reference_tokens(self) -> int:
         """Length of the clean continuation: the window of the last position ends it."""
+        if self.continuation is not None:
+            return self.continuation
         return self.window + self.last_generated
 
     @property

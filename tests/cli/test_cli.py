@@ -55,7 +55,9 @@ def test_capture(persona: Persona, tiny_dir: TinyDir, tiny: Callable[..., Model]
 
     table = pd.read_csv(out / "geometry.csv")
     assert list(table) == [
-        *("persona", "task", "position", "layer", "cos_xy_sum", "cos_x_y", "inter_over_xy"),
+        *("persona", "task", "position", "layer"),
+        *("cos_xy_sum", "cos_xy_y", "cos_xy_x", "cos_xy_other", "cos_x_y"),
+        *("inter_over_xy", "rest_y", "rest_x", "rest_other"),
         *("norm_dx", "norm_dy", "norm_dxy", "norm_inter", "inter_over_xy_normed"),
     ]
     pd.testing.assert_frame_equal(table, library.frame(), check_dtype=False)

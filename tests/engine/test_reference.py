@@ -212,7 +212,13 @@ def test_decomposition_of_known_vectors() -> None:
     base = torch.tensor([1.0, 1.0])
     h = {"BB": base, "XB": base + x, "BY": base + y, "XY": base + x + y}
     found = decomposition(h)
-    assert found == pytest.approx({"cos_xy_sum": 1.0, "cos_x_y": 0.0, "inter_over_xy": 0.0})
+    expected = {
+        **{"cos_xy_sum": 1.0, "cos_xy_y": 0.8, "cos_xy_x": 0.6, "cos_x_y": 0.0},
+        **{"inter_over_xy": 0.0, "rest_y": 0.6, "rest_x": 0.8},
+    }
+    assert found == pytest.approx(expected)
+    other = decomposition({**h, "X'B": base - x})  # (3, 4) beside (-3, 4)
+    assert other == pytest.approx({**expected, "cos_xy_other": 7 / 25, "rest_other": 6 / 5})
     assert decomposition(dict.fromkeys(h, base)) == dict.fromkeys(found, 0.0)
 
 

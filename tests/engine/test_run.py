@@ -8,11 +8,11 @@ from typing import Any
 
 import pytest
 from cells import TINY_GRID, cell_prompts, decode, lookup, reference_of
-from reference import Reference, generated_index, kl, vector
+from reference import Reference, decomposition, generated_index, kl, vector
 from rounding import KL32, KL64, assert_close, assert_same_table
 from tiny import FAMILIES, Tiny
 
-from persona_nnsight import capture, inject, substitute
+from persona_nnsight import Grid, capture, inject, substitute
 from persona_nnsight.backends.local import LocalBackend
 from persona_nnsight.method.conditions import ROUNDED, SUBSTITUTE_CONDITIONS
 from persona_nnsight.method.edit_vectors import seeded_noise
@@ -131,6 +131,42 @@ def test_injection_matches_reference(tiny64: Tiny, family: str) -> None:
                 expected = reference.injection_kl(prompts, layers, condition, continuation)
                 row = (*key, condition, "p_last", "+".join(map(str, layers)))
                 assert found[row][0] == pytest.approx(expected.kl, abs=KL64), row
+
+
+@pytest.mark.parametrize("family", ["llama", "gemma2", "gpt2", "olmo2"])
+def test_geometry_and_its_controls_match_reference(tiny64: Tiny, family: str) -> None:
+    """Also of an injection, none of whose edits reads another persona's residual."""
+    model = tiny64(family)
+    reference = reference_of(model)
+    grid = TINY_GRID.select(["chef"], ["haiku", "review"])
+    tables = [
+        capture(model, grid, layers=(2, 4), positions="p_user_last,p_last,g2").geometry,
+        inject(model, grid, layers=(3,), window=2).geometry,
+    ]
+    compared = 0
+    for table in tables:
+        for row in table.to_dict("records"):
+            (cell,) = (cell for cell in grid.cells if cell.task.key == row["task"])
+            prompts = cell_prompts(TINY_GRID, cell)
+            continuation = reference.continuation(prompts, ["g2"])
+            h = reference.cell_residuals(prompts, row["position"], row["layer"], continuation)
+            expected = decomposition(h)
+            assert set(expected) <= set(row)
+            # Where an effect is rounding, so are its angles.
+            if min(float((h[key] - h["BB"]).norm()) for key in ("XB", "BY", "XY", "X'B")) > 1e-6:
+                compared += 1
+                for name, value in expected.items():
+                    assert row[name] == pytest.approx(value, abs=1e-6), (row["position"], name)
+    assert compared > 5
+
+
+def test_geometry_of_a_grid_without_another_persona(tiny: Tiny) -> None:
+    data: dict[str, Any] = {**TINY_GRID.to_dict(), "personas": {"yoda": "Yoda"}}
+    table = capture(
+        tiny("llama"), Grid.from_dict(data), layers=(2,), positions="p_last,g1"
+    ).geometry
+    assert {"cos_xy_y", "cos_xy_x", "rest_y", "rest_x"} <= set(table)
+    assert not {"cos_xy_other", "rest_other"} & set(table)
 
 
 @pytest.mark.parametrize("family", ["llama", "gemma3_vlm", "mistral", "gpt2"])

@@ -105,31 +105,47 @@ def test_noise_depends_on_seed_position_and_layer_alone() -> None:
 
 
 def test_decompose() -> None:
-    # Δ_X = (0, 2, 0), Δ_Y = (0, 0, 3), Δ_XY = (1, 2, 2), Inter = (1, 0, -1)
+    # Δ_X = (0, 2, 0), Δ_Y = (0, 0, 3), Δ_XY = (1, 2, 2), Inter = (1, 0, -1), Δ_X′ = (0, -1, 0)
+    expected = {
+        "cos_xy_sum": 10 / (3 * math.sqrt(13)),
+        "cos_xy_y": 6 / (3 * 3),
+        "cos_xy_x": 4 / (3 * 2),
+        "cos_xy_other": 4 / (3 * math.sqrt(10)),
+        "cos_x_y": 0.0,
+        "inter_over_xy": math.sqrt(2) / 3,
+        "rest_y": math.sqrt(6) / 3,  # (1, 2, -1)
+        "rest_x": math.sqrt(5) / 3,  # (1, 0, 2)
+        "rest_other": math.sqrt(11) / 3,  # (1, 3, -1)
+        "norm_dx": 2.0,
+        "norm_dy": 3.0,
+        "norm_dxy": 3.0,
+        "norm_inter": math.sqrt(2),
+    }
+    close = tolerance(terms=3, size=4)
     found = {name: float(value) for name, value in decompose(H).items()}
-    assert found == pytest.approx(
-        {
-            "cos_xy_sum": 10 / (3 * math.sqrt(13)),
-            "cos_x_y": 0.0,
-            "inter_over_xy": math.sqrt(2) / 3,
-            "norm_dx": 2.0,
-            "norm_dy": 3.0,
-            "norm_dxy": 3.0,
-            "norm_inter": math.sqrt(2),
-        },
-        abs=tolerance(terms=3, size=3),
-    )
+    assert found == pytest.approx(expected, abs=close)
+    # Where there is no other persona, its measures are not there.
+    lone = {key: h for key, h in H.items() if key != "OB"}
+    found = {name: float(value) for name, value in decompose(lone).items()}
+    for name in ("cos_xy_other", "rest_other"):
+        del expected[name]
+    assert found == pytest.approx(expected, abs=close)
 
 
 def test_nothing_over_nothing_is_nothing() -> None:
-    found = decompose({key: torch.ones(2, 3) for key in ("BB", "XB", "BY", "XY")})
+    found = decompose({key: torch.ones(2, 3) for key in H})
     for value in found.values():
         assert value.tolist() == [0.0, 0.0]
 
 
 def test_decompose_computes_in_float32() -> None:
-    half = {key: value.to(torch.float16) for key, value in H.items()}
-    assert {value.dtype for value in decompose(half).values()} == {torch.float32}
+    """Residuals of 2048 and more, whose differences float16 would round to even numbers."""
+    half = {key: (2048 + 2 * value).to(torch.float16) for key, value in H.items()}
+    found = decompose(half)
+    assert {value.dtype for value in found.values()} == {torch.float32}
+    for name, value in decompose(H).items():
+        factor = 2 if name.startswith("norm") else 1
+        assert float(found[name]) == pytest.approx(factor * float(value), rel=1e-6), name
 
 
 def test_kl_is_a_sum_over_the_window() -> None:

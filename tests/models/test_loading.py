@@ -11,10 +11,19 @@ import pytest
 import torch
 from benchmarks.random_models import SPECIAL, random_model
 from cells import TINY_GRID, cell_prompts, lookup, reference_of
+from reference import decomposition, vector
+from studies import study_of
 from tiny import FAMILIES, N_LAYERS, Tiny, TinyDir, make_model_dir
+from torch import Tensor
 from transformers import LlamaConfig, PreTrainedModel
 
-from persona_nnsight import PersonaError, capture, load_model, substitute
+from persona_nnsight import CaptureResult, PersonaError, capture, load_model, substitute
+from persona_nnsight.engine import residual_writes
+from persona_nnsight.experiments.capture import Capture
+from persona_nnsight.experiments.execution import execute_together
+from persona_nnsight.experiments.steer import Steer
+from persona_nnsight.experiments.substitute import Substitute
+from persona_nnsight.method.edit_vectors import seeded_noise
 from persona_nnsight.models.loading import stay
 from persona_nnsight.models.module_tree import find_tree
 
@@ -59,7 +68,7 @@ def test_a_skeleton_knows_what_the_model_knows(tiny_dir: TinyDir, tiny: Tiny) ->
 @pytest.mark.parametrize("dtype", ["bfloat16", "float16"])
 @pytest.mark.parametrize("family", ["llama", "gemma3_text"])
 def test_low_precision(tiny_dir: TinyDir, family: str, dtype: str) -> None:
-    """Residual arithmetic stays float32: the residuals are the oracle's in the same dtype."""
+    """Residuals and KLs are the oracle's in the same dtype."""
     model = load_model(str(tiny_dir(family)), dtype=dtype)
     reference = reference_of(model)
     grid = TINY_GRID.select(["chef"], ["haiku"])
@@ -81,6 +90,71 @@ def test_low_precision(tiny_dir: TinyDir, family: str, dtype: str) -> None:
     score = reference.substitution_kl(prompts, "p_last", 3, "bb", continuation)
     assert bb == pytest.approx(score.kl, rel=0.05)
     assert abs(clean) < 0.02 * bb
+
+
+def written_by(condition: str, h: dict[str, Tensor], noise: Tensor) -> Tensor:
+    """The formulas of docs/method.md §5 and §6, with α = 0.3 and β = 1.7, in the dtype of `h`."""
+    if condition == "steer":
+        return h["BB"] + 0.3 * (h["XB"] - h["BB"]) + 1.7 * (h["BY"] - h["BB"])
+    if condition == "random":
+        drawn: Tensor = h["BB"] + noise * ((h["XY"] - h["BB"]).norm() / noise.norm())
+        return drawn
+    return vector(condition, h)
+
+
+@pytest.mark.parametrize("dtype", ["bfloat16", "float16"])
+def test_float32_arithmetic_of_residuals(
+    tiny_dir: TinyDir, dtype: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """What is written is the formula's value, rounded once to the model's dtype."""
+    model = load_model(str(tiny_dir("llama")), dtype=dtype)
+    low = getattr(torch, dtype)
+    # Every persona has a cell, which shows the residual that another's `other_x` reads.
+    grid = TINY_GRID.select(tasks=["haiku"])
+    site: dict[str, Any] = {"layers": (3,), "positions": "p_last"}
+    conditions = ("additive", "remove_x", "remove_y", "other_x", "random")
+    written: list[Tensor] = []
+    write = residual_writes._write
+
+    def seen(where: Any, vectors: Any, hidden: Tensor) -> None:
+        write(where, vectors, hidden)
+        written.extend(hidden[torch.arange(len(hidden)), where["p_last"]].clone())
+
+    monkeypatch.setattr(residual_writes, "_write", seen)
+    # In one pass, so that the residuals are those that the vectors were made of.
+    captured, *edited = execute_together(
+        model,
+        [
+            study_of(grid, experiment.plan(model, grid))
+            for experiment in (
+                Capture(**site),
+                Substitute(**site, conditions=conditions),
+                Steer(**site, alpha="0.3", beta="1.7"),
+            )
+        ],
+    )
+    assert isinstance(captured, CaptureResult)
+    assert {vector.dtype for vector in written} == {low}
+    assert len(written) == sum(len(each.scores) for each in edited)
+    h = {key: value[:, 0, 0] for key, value in captured.residuals.items()}
+    n = len(grid.cells)
+    residuals = [{key: value[cell] for key, value in h.items()} for cell in range(n)]
+    expected, telling = [], set()
+    for cell, own in enumerate(residuals):
+        own["X'B"] = residuals[(cell + 1) % n]["XB"]
+        noise = seeded_noise(edited[0].plan.cells[cell].seed, "p_last", 3, 32)
+        expected.append(own["BB"].to(low))  # the control of a steering
+        for condition in (*conditions, "steer"):
+            expected.append(written_by(condition, own, noise).to(low))
+            coarse = written_by(condition, {k: v.to(low) for k, v in own.items()}, noise)
+            if not torch.equal(expected[-1], coarse.to(low)):
+                telling.add(condition)
+    # Arithmetic in the model's dtype writes something else, but where differences are exact.
+    assert telling >= {"additive", "other_x", "random", "steer"}
+    assert sorted(v.tolist() for v in written) == sorted(v.tolist() for v in expected)
+    for row, own in zip(captured.geometry.to_dict("records"), residuals, strict=True):
+        for name, value in decomposition({k: v.double() for k, v in own.items()}).items():
+            assert row[name] == pytest.approx(value, abs=1e-5), name
 
 
 @pytest.mark.parametrize(

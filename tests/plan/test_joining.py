@@ -11,7 +11,7 @@ from rounding import KL64, assert_close, assert_same_table
 from studies import study_of
 from tiny import Tiny
 
-from persona_nnsight import CaptureResult, Grid, Model
+from persona_nnsight import CaptureResult, Grid, Model, capture
 from persona_nnsight.backends.local import LocalBackend
 from persona_nnsight.engine.run import run
 from persona_nnsight.experiments.capture import Capture
@@ -83,19 +83,99 @@ def test_what_is_shared_is_computed_once(tiny64: Tiny) -> None:
     assert joint.plan.n_results == len(MARKED.cells) + scored + written
 
 
+ONE = MARKED.select(["marx"], ["haiku"])
+
+
+def plans_of_windows(model: Model) -> dict[str, Plan]:
+    """Plans on one cell whose continuations have from 1 to 22 tokens."""
+    return {
+        "long capture": Capture(layers=(2,), positions="p_last,g2", window=20).plan(model, ONE),
+        "short capture": Capture(layers=(1,), positions="p_last", window=1).plan(model, ONE),
+        "late capture": Capture(layers=(1,), positions="g9", window=1).plan(model, ONE),
+        "window of 6": Substitute(
+            layers=(2,), positions="p_last,g2", conditions="additive,by", window=6
+        ).plan(model, ONE),
+        "steering of 6": Steer(layers=(2,), alpha="2", window=6, generate=12).plan(model, ONE),
+        "texts": Markers(layers=(2,), tokens=15).plan(model, ONE),
+    }
+
+
+@pytest.mark.parametrize("eos_early", [False, True])
+@pytest.mark.parametrize(
+    "names",
+    [
+        ("long capture", "window of 6"),
+        ("window of 6", "long capture"),
+        ("steering of 6", "short capture"),
+        ("short capture", "long capture"),
+        ("texts", "long capture", "short capture"),
+        ("late capture", "steering of 6"),
+        ("texts", "late capture", "window of 6", "steering of 6", "long capture"),
+    ],
+    ids=" + ".join,
+)
+def test_each_keeps_the_continuation_it_asked_for(
+    tiny64: Tiny, names: tuple[str, ...], eos_early: bool
+) -> None:
+    model = tiny64("llama", eos_early=eos_early)
+    plans = [plans_of_windows(model)[name] for name in names]
+    asked = max(plan.reference_tokens for plan in plans)
+    assert join(plans).plan.reference_tokens == asked
+    together = execute_together(model, [study_of(ONE, plan) for plan in plans])
+    for plan, joined in zip(plans, together, strict=True):
+        alone = execute(model, study_of(ONE, plan))
+        assert joined.continuations == alone.continuations
+        if not eos_early:
+            assert len(joined.continuations[0]) == plan.reference_tokens
+        assert joined.margins == pytest.approx(alone.margins, abs=KL64)
+        assert joined.texts == alone.texts
+        assert set(joined.tables) == set(alone.tables)
+        for name, table in joined.tables.items():
+            assert_same_table(table, alone.tables[name], KL64)
+        if isinstance(alone, CaptureResult):
+            assert isinstance(joined, CaptureResult)
+            for key, value in alone.residuals.items():
+                assert_close(joined.residuals[key], value)
+
+
 def test_plans_that_cannot_share_a_run(tiny64: Tiny) -> None:
     model = tiny64("llama")
     one = Substitute(layers=(2,), conditions="additive").plan(model, MARKED)
     with pytest.raises(ValueError, match="different windows"):
         join([one, Substitute(layers=(2,), conditions="by", window=3).plan(model, MARKED)])
-    part = Substitute(layers=(2,), conditions="other_x").plan(model, MARKED.select(["marx"]))
+    with pytest.raises(ValueError, match="end at different tokens"):
+        join([one, replace(one, eos_ids=(*one.eos_ids, 7))])
+
+    def other(personas: dict[str, str], **changed: Any) -> Plan:
+        """The same for marx, in another grid."""
+        data: dict[str, Any] = {**MARKED.to_dict(), "personas": personas, **changed}
+        grid = Grid.from_dict(data).select(["marx"])
+        return Substitute(layers=(2,), conditions="additive").plan(model, grid)
+
+    marx, yoda = "Karl Marx, the author", {"yoda": "Yoda"}
+    assert join([one, other({"marx": marx, **yoda})]).plan.cells == one.cells
     with pytest.raises(ValueError, match="need different residuals"):
-        join([one, part])
-    data: dict[str, Any] = MARKED.to_dict()
-    data["personas"]["marx"] = "Groucho Marx"
-    other = Grid.from_dict(data).select(["marx"])
-    with pytest.raises(ValueError, match="marx/haiku is another prompt"):
-        join([one, Substitute(layers=(2,), conditions="additive").plan(model, other)])
+        join([one, other({"marx": marx})])
+    with pytest.raises(ValueError, match="marx/haiku has another prompt XB"):
+        join([one, other({"marx": "Groucho Marx", **yoda})])
+    with pytest.raises(ValueError, match="marx/haiku has another prompt OB"):
+        join([one, other({"marx": marx, "chef": "a head chef", **yoda})])
+    baseline = {**MARKED.to_dict()["baseline"], "task": "say something."}
+    with pytest.raises(ValueError, match="marx/haiku has another prompt BB"):
+        join([one, other({"marx": marx, **yoda}, baseline=baseline)])
+    retold = replace(one.prompts[0], ids=(*one.prompts[0].ids, 5))
+    with pytest.raises(ValueError, match="has other tokens in each plan"):
+        join([one, replace(one, prompts=(retold, *one.prompts[1:]))])
+
+
+def test_given_effects_belong_to_their_sites(tiny: Tiny) -> None:
+    model = tiny("llama")
+    vectors = capture(model, ONE, layers=(1, 2), positions="p_last").vectors()
+    one = Steer(layers=(1,), alpha="1", vectors=vectors).plan(model, ONE)
+    same = Steer(layers=(1,), alpha="2", vectors=vectors).plan(model, ONE)
+    assert len(join([one, same]).plan.edits) == 4
+    with pytest.raises(ValueError, match="given effects at different sites"):
+        join([one, replace(same, layers=(1, 2))])
 
 
 def test_interrupting_keeps_what_each_plan_has(tiny64: Tiny) -> None:

@@ -91,7 +91,7 @@ def vector(condition: str, h: Mapping[str, Tensor]) -> Tensor:
 
 
 def decomposition(h: Mapping[str, Tensor]) -> dict[str, float]:
-    """docs/method.md §3: cos_xy_sum, cos_x_y, inter_over_xy at one site."""
+    """docs/method.md §3: cosines and shares at one site, with their controls."""
     eps = 1e-9
     delta_x, delta_y, delta_xy = (h[name] - h["BB"] for name in ("XB", "BY", "XY"))
     inter = delta_xy - delta_x - delta_y
@@ -99,11 +99,22 @@ def decomposition(h: Mapping[str, Tensor]) -> dict[str, float]:
     def cosine(a: Tensor, b: Tensor) -> float:
         return float(a @ b) / (float(a.norm()) * float(b.norm()) + eps)
 
-    return {
+    def rest(a: Tensor) -> float:
+        return float((delta_xy - a).norm()) / (float(delta_xy.norm()) + eps)
+
+    found = {
         "cos_xy_sum": cosine(delta_xy, delta_x + delta_y),
+        "cos_xy_y": cosine(delta_xy, delta_y),
+        "cos_xy_x": cosine(delta_xy, delta_x),
         "cos_x_y": cosine(delta_x, delta_y),
         "inter_over_xy": float(inter.norm()) / (float(delta_xy.norm()) + eps),
+        "rest_y": rest(delta_y),
+        "rest_x": rest(delta_x),
     }
+    if "X'B" in h:
+        other = h["X'B"] - h["BB"] + delta_y
+        found |= {"cos_xy_other": cosine(delta_xy, other), "rest_other": rest(other)}
+    return found
 
 
 def kl(clean_logprobs: Tensor, patched_logprobs: Tensor) -> float:
