@@ -57,7 +57,7 @@ def simultaneous(draws: Draws, *, positive: bool = False) -> tuple[Floats, Float
 
 
 def verdicts(
-    low: Floats, high: Floats, *, margin: Floats | float = 0.0, floor: float = 0.0
+    low: Floats, high: Floats, *, margin: Floats | float = 0.0, floor: Floats | float = 0.0
 ) -> NDArray[np.str_]:
     """What the intervals of differences decide, one word each.
 
