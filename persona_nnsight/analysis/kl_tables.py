@@ -229,7 +229,8 @@ class _Wide:
         """1 - ΣKL / ΣKL of the control over the cells of `ratios`, float64 [edits]."""
         counted = np.isfinite(self.ratios)
         mine, of = (np.where(counted, kl, 0).sum(axis=0) for kl in (self.kl, self._shared))
-        return 1 - mine / np.where(counted.any(axis=0), of, np.nan)
+        shares: Floats = 1 - mine / np.where(counted.any(axis=0), of, np.nan)
+        return shares
 
     @cached_property
     def shared_medians(self) -> Floats:
@@ -280,7 +281,7 @@ def _by_row(table: pd.DataFrame, wide: Floats) -> Floats:
     edit = [name for name in ("condition", *SITE, "alpha", "beta") if name in table]
     across = table.groupby(edit, sort=False, dropna=False).ngroup()
     down = table.groupby(CELL, sort=False).ngroup()
-    values: Floats = wide[down, across]
+    values: Floats = wide[down.to_numpy(), across.to_numpy()]
     return values
 
 
