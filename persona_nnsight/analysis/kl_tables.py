@@ -222,7 +222,9 @@ class _Wide:
         """KL / KL of the control in the cell, float64 [cells, edits]; see `kl_summary`."""
         of = self._shared
         usable = (of >= self.least) & (self.shared_medians >= self.least)
-        return self.kl / np.where(usable, of, np.nan)
+        with np.errstate(invalid="ignore"):
+            ratios: Floats = self.kl / np.where(usable, of, np.nan)
+        return ratios
 
     @property
     def pooled(self) -> Floats:
