@@ -337,11 +337,11 @@ def as_records(table: pd.DataFrame) -> list[dict[str, Any]]:
 
 def show_findings(result: Result) -> None:
     """Print what the numbers allow one to say."""
-    from persona_nnsight.analysis.wording import CAVEAT
+    from persona_nnsight.analysis.wording import caveat
 
     for sentence in result.findings():
         output().print(Text(f"\n{sentence}"))
-    output().print(f"\n{CAVEAT}", style="dim")
+    output().print(f"\n{caveat(result.tables)}", style="dim")
 
 
 def show_files(directory: Path) -> None:

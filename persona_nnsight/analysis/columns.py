@@ -84,20 +84,70 @@ COLUMNS = (
     Column("max", "float", "the largest over cells", unit="nats"),
     Column("n", "integer", "cells that have a window", "cells", "count"),
     Column(
-        *("recovered", "float", "of runs of the host `XY`; empty without condition `bb`"),
-        *("recovered", "share"),
+        "floor",
+        "float",
+        "the median KL of `clean` at the same site: what rounding alone makes",
+        "floor",
+        "nats",
+    ),
+    Column(
+        "recovered",
+        "float",
+        "median over cells of 1 - KL / KL of `bb` at the same site, for the host `XY`; empty "
+        "without `bb`, or where its KL is not clearly above the floor",
+        "recovered",
+        "share",
         has_interval=True,
     ),
     Column(
-        *("gap_closed", "float", "of runs of the host `BY`", "gap closed", "share"),
+        "recovered_pooled",
+        "float",
+        "1 - ΣKL / ΣKL of `bb` over the same cells",
+        "recovered, pooled",
+        "share",
+    ),
+    Column(
+        "gap_closed",
+        "float",
+        "median over cells of 1 - KL / KL of the unedited host, for the host `BY`; in `kl.csv` "
+        "that of the cell",
+        "gap closed",
+        "share",
         has_interval=True,
+    ),
+    Column(
+        "gap_closed_pooled",
+        "float",
+        "1 - ΣKL / ΣKL of the host over the same cells",
+        "gap closed, pooled",
+        "share",
     ),
     Column(
         *("difference", "float", "median paired difference in nats; of markers the mean"),
         *("difference", "nats"),
     ),
-    Column("lo", "float", "the lower end of its 95 % interval", unit="nats"),
-    Column("hi", "float", "the upper end of its 95 % interval", unit="nats"),
+    Column(
+        "lo",
+        "float",
+        "the lower end of its 95 % interval; those of `contrasts.csv` hold all at once",
+        unit="nats",
+    ),
+    Column("hi", "float", "the upper end", unit="nats"),
+    Column(
+        "margin",
+        "float",
+        "differences up to this make no matter: `--margin` times the median KL of `bb`, or of the "
+        "host, at the same site",
+        unit="nats",
+    ),
+    Column(
+        "verdict",
+        "text",
+        "what the interval decides: `lower`, `higher`, `equivalent` (within ± `margin`) or "
+        "`undecided`; empty without an interval",
+        "verdict",
+        is_name=True,
+    ),
     Column("lower", "integer", "cells whose KL is below the control's", "lower in", "count"),
     Column(
         *("any", "bool, integer", "whether a marker occurs; in how many texts"),
@@ -168,6 +218,9 @@ COLUMNS = (
 #: Columns by name, the ends of intervals under those of the column that they belong to.
 COLUMN = {name: column for column in COLUMNS for name in column.names}
 
+#: The share of the control's KL that makes no matter, where no other is asked for.
+MARGIN = 0.1
+
 CELL = ["persona", "task"]
 SITE = ["host", "position", "layers"]
 FACTORS = ["alpha", "beta"]
@@ -222,10 +275,15 @@ def records(table: pd.DataFrame) -> list[dict[str, Any]]:
     return [{str(name): value for name, value in row.items()} for row in table.to_dict("records")]
 
 
+def cells_of(table: pd.DataFrame) -> list[tuple[str, str]]:
+    """The cells of a table, each once, in the order in which it first names them."""
+    return list(table[CELL].drop_duplicates().itertuples(index=False, name=None))
+
+
 def wide_by_edit(table: pd.DataFrame, *values: str) -> tuple[pd.DataFrame, list[pd.DataFrame]]:
     """The edits of a table, and for each of `values` a table of cells down and edits across.
 
-    Cells and edits keep the order in which the table first names them.
+    Cells and edits keep the order in which the table first names them (`cells_of`).
     """
     edit = [name for name in ("condition", *SITE, *FACTORS) if name in table]
     edits = table[edit].drop_duplicates(ignore_index=True)

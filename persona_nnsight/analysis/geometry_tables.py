@@ -10,10 +10,9 @@ import numpy as np
 import pandas as pd
 from numpy.typing import NDArray
 
-from persona_nnsight.analysis.bootstrap import drawn_medians, interval
-from persona_nnsight.analysis.columns import CELL
+from persona_nnsight.analysis.columns import CELL, cells_of
 from persona_nnsight.analysis.resampling import Crossed, Floats
-from persona_nnsight.analysis.verdicts import NO_VERDICT, simultaneous, verdicts
+from persona_nnsight.analysis.verdicts import NO_VERDICT, interval, simultaneous, verdicts
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -63,16 +62,18 @@ def geometry_table(
 def geometry_summary(table: pd.DataFrame) -> pd.DataFrame:
     """Medians over cells of the `RATIOS`, one row per site, with ``n`` cells.
 
-    ``…_lo`` and ``…_hi`` are bootstrap 95 % intervals of the medians.
+    ``…_lo`` and ``…_hi`` are 95 % intervals of the medians, each by itself (`verdicts`).
     """
     ratios = [name for name in RATIOS if name in table]
     site = table.groupby(["position", "layer"], sort=False)
     cell = table.groupby(CELL, sort=False).ngroup()
     summary = table[["position", "layer"]].drop_duplicates(ignore_index=True)
+    crossed = Crossed(cells_of(table))
     for name in ratios:
         wide = table[name].set_axis([cell, site.ngroup()]).unstack()
         summary[name] = wide.median().to_numpy()
-        ends = interval(drawn_medians(wide.to_numpy(dtype=float)))
+        draws = crossed.medians(wide.to_numpy(dtype=float))
+        ends = interval(draws, positive=name.startswith("inter"))  # a ratio of lengths
         summary[f"{name}_lo"], summary[f"{name}_hi"] = ends
     summary["n"] = site["cos_xy_sum"].count().to_numpy()
     return summary

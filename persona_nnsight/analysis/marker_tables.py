@@ -9,8 +9,9 @@ from typing import TYPE_CHECKING
 import numpy as np
 import pandas as pd
 
-from persona_nnsight.analysis.bootstrap import Floats, drawn_means, interval
-from persona_nnsight.analysis.columns import CELL, FACTORS, wide_by_edit
+from persona_nnsight.analysis.columns import CELL, FACTORS, cells_of, wide_by_edit
+from persona_nnsight.analysis.resampling import Crossed, Floats
+from persona_nnsight.analysis.verdicts import interval, simultaneous, verdicts
 from persona_nnsight.method.marker_words import distinct_markers
 from persona_nnsight.method.sites import NO_LAYERS
 
@@ -69,7 +70,7 @@ def marker_table(grid: Grid, texts: Iterable[Text]) -> pd.DataFrame:
 
 
 def marker_summary(table: pd.DataFrame) -> pd.DataFrame:
-    """Markers over cells, one row per edit, with bootstrap 95 % intervals.
+    """Markers over cells, one row per edit, with 95 % intervals, each by itself.
 
     ``any`` counts the cells whose text has a marker, ``distinct`` is the mean number of distinct
     markers in a text, ``n`` the number of cells. Where all cells are the same the draws are too,
@@ -78,10 +79,11 @@ def marker_summary(table: pd.DataFrame) -> pd.DataFrame:
     summary, (any_found, distinct) = wide_by_edit(table, "any", "distinct")
     n = any_found.count().to_numpy()
     summary["any"] = any_found.sum().astype(int).to_numpy()
-    low, high = interval(drawn_means(_varying(any_found)))
-    summary["any_lo"], summary["any_hi"] = low * n, high * n
+    crossed = Crossed(cells_of(table))
+    low, high = interval(crossed.means(_varying(any_found)))
+    summary["any_lo"], summary["any_hi"] = np.clip(low, 0, 1) * n, np.clip(high, 0, 1) * n
     summary["distinct"] = distinct.mean().to_numpy()
-    ends = interval(drawn_means(_varying(distinct)))
+    ends = interval(crossed.means(_varying(distinct)), positive=True)
     summary["distinct_lo"], summary["distinct_hi"] = ends
     summary["n"] = n
     return summary
@@ -106,10 +108,11 @@ def marker_contrasts(table: pd.DataFrame) -> pd.DataFrame:
 
     ``difference`` is the mean over the ``n`` cells of condition - control, for the ``measure``
     ``any`` (share of texts with a marker) or ``distinct`` (distinct markers in a text), ``lo`` and
-    ``hi`` its bootstrap 95 % interval. Where both are edits they are of the same layer.
+    ``hi`` its 95 % interval, which holds for all rows at once, and ``verdict`` what that decides
+    (`verdicts`, without a margin). Where both are edits they are of the same layer.
     """
     edits, found = wide_by_edit(table, "any", "distinct")
-    rows = []
+    rows, differences = [], []
     for i, subject in edits.iterrows():
         for j, control in edits.iterrows():
             if (subject["condition"], control["condition"]) not in _MARKER_CONTRASTS:
@@ -117,18 +120,24 @@ def marker_contrasts(table: pd.DataFrame) -> pd.DataFrame:
             if control["layers"] not in (NO_LAYERS, subject["layers"]):
                 continue
             for measure, wide in zip(("any", "distinct"), found, strict=True):
-                paired = (wide[i] - wide[j]).dropna().to_numpy()[:, None]
-                (low,), (high,) = interval(drawn_means(paired))
+                paired = (wide[i] - wide[j]).to_numpy(dtype=float)
+                differences.append(paired)
                 rows.append(
                     {
                         **{name: subject[name] for name in ("condition", "position", "layers")},
                         "control": control["condition"],
                         "measure": measure,
-                        "n": len(paired),
-                        "difference": paired.mean(),
-                        "lo": low,
-                        "hi": high,
+                        "n": int(np.isfinite(paired).sum()),
+                        "difference": np.nanmean(paired) if np.isfinite(paired).any() else np.nan,
                     }
                 )
     columns = ["condition", "position", "layers", "control", "measure"]
-    return pd.DataFrame(rows, columns=[*columns, "n", "difference", "lo", "hi"])
+    contrasts = pd.DataFrame(rows, columns=[*columns, "n", "difference"])
+    cells = cells_of(table)
+    every = np.stack(differences, axis=1) if differences else np.empty((len(cells), 0))
+    low, high = simultaneous(Crossed(cells).means(every))
+    # A share of texts changes by 1 at most.
+    most = np.where(contrasts["measure"] == "any", 1.0, np.inf)
+    contrasts["lo"], contrasts["hi"] = np.clip(low, -most, most), np.clip(high, -most, most)
+    contrasts["verdict"] = verdicts(low, high)
+    return contrasts

@@ -57,7 +57,7 @@ def simultaneous(draws: Draws, *, positive: bool = False) -> tuple[Floats, Float
 
 
 def verdicts(
-    low: Floats, high: Floats, *, margin: Floats | float = 0.0, floor: float = 0.0
+    low: Floats, high: Floats, *, margin: Floats | float = 0.0, floor: Floats | float = 0.0
 ) -> NDArray[np.str_]:
     """What the intervals of differences decide, one word each.
 
@@ -182,6 +182,12 @@ def _mean_squares(part: Floats, draws: Draws) -> Floats:
 
 def _multiples(draws: Draws, *, together: bool) -> Floats:
     """By how many standard errors an interval extends, float64 [columns]."""
+    if not together and len(draws.estimate) > 1:
+        # One by one: what else is in a table makes no difference to an interval by itself.
+        each = (
+            _multiples(draws.take([column]), together=True) for column in range(len(draws.estimate))
+        )
+        return np.concatenate(list(each))
     generator = np.random.default_rng(_SEED)
     of_all = _mean_squares(draws.joint, draws)
     columns = np.flatnonzero(of_all > 0)

@@ -6,20 +6,65 @@ import math
 from collections.abc import Iterable, Mapping
 from typing import Any
 
+import numpy as np
 import pandas as pd
 
-from persona_nnsight.analysis.bootstrap import MIN_CELLS
-from persona_nnsight.analysis.columns import interval_of
-from persona_nnsight.analysis.kl_tables import KL_FLOOR
+from persona_nnsight.analysis.columns import SITE, cells_of, interval_of
+from persona_nnsight.analysis.kl_tables import KL_FLOOR, drawn_kls
+from persona_nnsight.analysis.resampling import MIN_CELLS, Crossed, Resampling, combined
+from persona_nnsight.analysis.verdicts import EQUIVALENT, HIGHER, LOWER, UNDECIDED, best_of
 
-#: Belongs below the sentences of a run: its cells are no sample of all cells.
-CAVEAT = (
-    "Intervals and verdicts are over these cells, which share personas and tasks; others may "
-    "differ by more."
-)
+#: What the verdict of a contrast of KLs says of a condition, before the name of its control.
+COSTS = {
+    LOWER: "costs less than",
+    HIGHER: "costs more than",
+    EQUIVALENT: "is as good as",
+    UNDECIDED: "is undecided against",
+}
 
 #: More shares than this are not listed one by one.
 _MOST_SHARES = 6
+#: A pooled share is told where it is further than this from the median over cells.
+_APART = 0.05
+
+
+def resampling_of(tables: Mapping[str, pd.DataFrame]) -> Resampling | None:
+    """What is drawn for the intervals of a run; None where no table of it names its cells."""
+    for name in ("kl", "markers", "geometry"):
+        if name in tables and len(tables[name]):
+            return Crossed(cells_of(tables[name]), draws=1).resampling
+    return None
+
+
+def caveat(tables: Mapping[str, pd.DataFrame]) -> str:
+    """Of what the sentences of a run speak; it belongs below them."""
+    resampling = resampling_of(tables)
+    if resampling is None:
+        return "Intervals and verdicts are over the cells of this run."
+    if not resampling.scope:
+        return (
+            f"Intervals and verdicts allow for other personas and tasks ({resampling.method}); "
+            "other models may differ."
+        )
+    return (
+        f"Intervals and verdicts are of {resampling.scope} only, too few to speak of others "
+        f"({resampling.method})."
+    )
+
+
+def ties(margins: Iterable[float | None]) -> Iterable[str]:
+    """In how many cells the clean continuation passes a tie, if in any.
+
+    Args:
+        margins: the smallest gap between the two largest logits, by cell; None where unknown.
+    """
+    known = [margin for margin in margins if margin is not None]
+    tied = sum(margin == 0 for margin in known)
+    if tied:
+        yield (
+            f"In {tied} of {cells_in_words(len(known))} a token of the clean continuation ties "
+            "with another (their logits are equal), and the one with the lower id was taken."
+        )
 
 
 def cells_in_words(n: int) -> str:
@@ -27,8 +72,26 @@ def cells_in_words(n: int) -> str:
     return f"{n} cell{'' if n == 1 else 's'}"
 
 
-def shares_in_words(shares: pd.Series[float]) -> str:
-    """``88 % (layer 8), 89 % (layers 12 and 16)``, layers in order; of many, the ends alone."""
+def shares_in_words(rows: pd.DataFrame, name: str, of: str) -> str:
+    """``88 % (layer 8), 89 % (layers 12 and 16) of … (medians over cells)``, layers in order.
+
+    Of many, the ends alone. Pooled shares follow where they are others.
+
+    Args:
+        rows: of a summary, by layer.
+        name: of the share.
+        of: what it is of.
+    """
+    shares = rows[name].dropna()
+    statistic = f"median{'s' if len(shares) > 1 else ''} over cells"
+    pooled = rows.get(f"{name}_pooled", pd.Series(dtype=float)).reindex(shares.index)
+    apart = pooled[(pooled - shares).abs() > _APART]
+    if len(apart):
+        statistic += f"; pooled {_by_layer(apart)}"
+    return f"{_by_layer(shares)} {of} ({statistic})"
+
+
+def _by_layer(shares: pd.Series[float]) -> str:
     percents = shares.map(lambda share: f"{round(100 * share)} %")
     found = [
         f"{percent} ({layers_in_words(layers.index)})"
@@ -41,20 +104,77 @@ def shares_in_words(shares: pd.Series[float]) -> str:
     return f"between {low} and {high}"
 
 
-def share_in_words(row: Mapping[str, Any], name: str) -> str:
-    """``23 % (18 to 30)``: a share with its interval, where it has one."""
+def share_in_words(
+    row: Mapping[str, Any], name: str, of: str, *, with_interval: bool = True
+) -> str:
+    """``23 % (18 to 30) of … (median over cells; pooled 40 %)``.
+
+    Args:
+        row: of a summary.
+        name: of the share.
+        of: what it is of.
+        with_interval: that of the share by itself, which is not that of the best of several.
+    """
     share, low, high = (100 * row[column] for column in (name, *interval_of(name)))
-    if math.isnan(low):
-        return f"{round(share)} %"
-    return f"{round(share)} % ({round(low)} to {round(high)})"
+    ends = f" ({round(low)} to {round(high)})" if with_interval and not math.isnan(low) else ""
+    pooled = 100 * row.get(f"{name}_pooled", math.nan)
+    beside = f"; pooled {round(pooled)} %" if abs(pooled - share) > 100 * _APART else ""
+    return f"{round(share)} %{ends} {of} (median over cells{beside})"
 
 
-def side_of_zero(contrast: Mapping[str, Any]) -> int:
-    """-1 where the interval of a difference lies below 0, 1 above, 0 around it.
+def best_in_words(
+    kl: pd.DataFrame | None, row: Mapping[str, Any], several: str, *, lowest_kl: bool = False
+) -> str:
+    """``, the best of 3 sets, an interval that allows for the choice: 13 to 33 %``.
+
+    Args:
+        kl: the KLs of the run; without them nothing is said about an interval.
+        row: of the summary: the best, among the edits of its condition with its β.
+        several: what it was chosen from.
+        lowest_kl: whether it was chosen for its median KL, and not for its share.
+    """
+    words = f", the best of {several}"
+    if kl is None:
+        return words
+    edits, medians, shares = drawn_kls(kl)
+    among = edits["condition"] == row["condition"]
+    if "beta" in edits:
+        among &= edits["beta"] == row["beta"]
+    columns = np.flatnonzero(among)
+    negative = combined(lambda value: -value, medians.take(columns))
+    best = best_of(shares.take(columns), by=negative if lowest_kl else None)
+    if best is None:
+        return words
+    found = edits.iloc[columns[best.column]]
+    if any(found[name] != row[name] for name in (*SITE, "alpha") if name in found):
+        return words  # the best has too few cells for an interval
+    low, high = (round(100 * min(end, 1.0)) for end in (best.low, best.high))
+    return f"{words}, an interval that allows for the choice: {low} to {high} %"
+
+
+def verdict_of(contrast: Mapping[str, Any]) -> str:
+    """What the interval of a difference decides; older tables have the interval alone.
 
     Differences below `KL_FLOOR` are rounding.
     """
-    return -1 if contrast["hi"] < -KL_FLOOR else 1 if contrast["lo"] > KL_FLOOR else 0
+    if "verdict" in contrast:
+        return str(contrast["verdict"])
+    if contrast["hi"] < -KL_FLOOR:
+        return LOWER
+    return HIGHER if contrast["lo"] > KL_FLOOR else UNDECIDED
+
+
+def margin_in_words(contrast: Mapping[str, Any], of: float | None, owner: str) -> str:
+    """`` (within ± 10 % of h_BB's KL)``.
+
+    Args:
+        contrast: of which the verdict is that it is within the margin.
+        of: the KL that the margin is a share of, in nats.
+        owner: whose it is.
+    """
+    if of is None or not of > 0:
+        return f" (within ± {contrast['margin']:.2g} nats)"
+    return f" (within ± {100 * contrast['margin'] / of:.3g} % of {owner}'s KL)"
 
 
 def layers_in_words(names: Iterable[str]) -> str:

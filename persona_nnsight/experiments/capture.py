@@ -93,7 +93,8 @@ capture = function_of(Capture)
 def _geometry(table: pd.DataFrame) -> Iterable[str]:
     import numpy as np
 
-    from persona_nnsight.analysis.bootstrap import drawn_medians, interval
+    from persona_nnsight.analysis.resampling import Crossed
+    from persona_nnsight.analysis.verdicts import interval
 
     # Where all prompts are the same so far (p_last at layer 0) there is no effect to speak of.
     if "norm_dxy" in table:
@@ -107,7 +108,8 @@ def _geometry(table: pd.DataFrame) -> Iterable[str]:
     change = table.assign(change=table["inter_over_xy_normed"] - table["inter_over_xy"])
     wide = change.set_index(["persona", "task", "position", "layer"])["change"]
     sites = wide.unstack(["position", "layer"])
-    low_end, high_end = interval(drawn_medians(sites.to_numpy(dtype=float)))
+    draws = Crossed(sites.index).medians(sites.to_numpy(dtype=float))
+    low_end, high_end = interval(draws)
     if np.isnan(low_end).all():
         return
     smaller, larger = int((high_end < 0).sum()), int((low_end > 0).sum())

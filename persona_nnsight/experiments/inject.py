@@ -11,12 +11,14 @@ from persona_nnsight.analysis.columns import KL_FILES
 from persona_nnsight.experiments.arguments import (
     Layers,
     argument,
+    checked_margin,
     generate_argument,
+    margin_argument,
     window_argument,
 )
 from persona_nnsight.experiments.experiment import Experiment
 from persona_nnsight.experiments.function import function_of
-from persona_nnsight.experiments.setup import checked, clean_text, sites_of
+from persona_nnsight.experiments.setup import checked, clean_text, floor_of_the_host, sites_of
 from persona_nnsight.method.conditions import HOST, INJECT_CONDITIONS
 from persona_nnsight.method.sites import DEFAULT_LAYERS, parse_layer_sets
 from persona_nnsight.plan.building import build_plan
@@ -45,6 +47,7 @@ class Inject(Experiment["EditResult"]):
         layers: the layers that are written together, or several such sets: ``14; 10-18:2``.
         each: add a run for every layer alone.
         window: tokens per KL.
+        margin: differences up to this share of the host's KL do not matter.
         generate: also write this many tokens of greedy text per edit.
     """
 
@@ -60,10 +63,12 @@ class Inject(Experiment["EditResult"]):
     )
     each: bool = argument(False, "Also write every layer alone.", "--each")
     window: int = window_argument()
+    margin: float = margin_argument()
     generate: int = generate_argument()
 
     def plan(self, model: Model, grid: Grid) -> Plan:
         """What will be done; see `Experiment`."""
+        checked_margin(self.margin)
         sets = list(parse_layer_sets(self.layers, model.tree.n_layers))
         every = sorted({layer for chosen in sets for layer in chosen})
         if self.each:
@@ -75,6 +80,7 @@ class Inject(Experiment["EditResult"]):
             for condition in INJECT_CONDITIONS
             for chosen in sets
         ]
+        edits.append(floor_of_the_host(("p_last",)))
         if self.generate:
             edits.append(clean_text(self.generate))
         plan = build_plan(
@@ -97,7 +103,7 @@ class Inject(Experiment["EditResult"]):
     @staticmethod
     def sentences(tables: Mapping[str, pd.DataFrame]) -> Iterable[str]:
         """How much of the gap the best set closes."""
-        return _injection(tables["summary"], tables["contrasts"])
+        return _injection(tables["summary"], tables["contrasts"], tables.get("kl"))
 
     @staticmethod
     def sections(run: Run) -> list[Section]:
@@ -115,9 +121,16 @@ class Inject(Experiment["EditResult"]):
 inject = function_of(Inject)
 
 
-def _injection(summary: pd.DataFrame, contrasts: pd.DataFrame) -> Iterable[str]:
+def _injection(
+    summary: pd.DataFrame, contrasts: pd.DataFrame, kl: pd.DataFrame | None
+) -> Iterable[str]:
     from persona_nnsight.analysis.columns import records
-    from persona_nnsight.analysis.wording import cells_in_words, few_cells, share_in_words
+    from persona_nnsight.analysis.wording import (
+        best_in_words,
+        cells_in_words,
+        few_cells,
+        share_in_words,
+    )
 
     rows = records(summary)
     host = next((row for row in rows if row["condition"] == HOST), None)
@@ -149,21 +162,30 @@ def _injection(summary: pd.DataFrame, contrasts: pd.DataFrame) -> Iterable[str]:
         )
         if against is None:
             continue
-        of_sets = f", the best of {len(written)} sets" if len(written) > 1 else ""
+        chosen = len(written) > 1
+        of_sets = best_in_words(kl, best, f"{len(written)} sets") if chosen else ""
+        share = share_in_words(best, "gap_closed", "of the gap in a cell", with_interval=not chosen)
         yield (
-            f"{what} closes at most {share_in_words(best, 'gap_closed')} of that gap, at layer "
-            f"{best['layers']}{of_sets}; its KL {_compared(against)}."
+            f"{what} closes {share}, at layer {best['layers']}{of_sets}; "
+            f"{_compared(against, host['median'])}."
         )
     yield from few_cells(summary)
 
 
-def _compared(contrast: Mapping[str, Any]) -> str:
-    from persona_nnsight.analysis.wording import cells_in_words, side_of_zero
+def _compared(contrast: Mapping[str, Any], host: float) -> str:
+    from persona_nnsight.analysis.verdicts import EQUIVALENT, HIGHER, LOWER
+    from persona_nnsight.analysis.wording import cells_in_words, margin_in_words, verdict_of
 
     if math.isnan(contrast["lo"]):
         n = contrast["n"]
-        return f"is below the unedited prompt's in {contrast['lower']} of {cells_in_words(n)}"
-    verdict = {-1: "is below", 1: "is above", 0: "cannot be told apart from"}[
-        side_of_zero(contrast)
-    ]
-    return f"{verdict} the unedited prompt's"
+        return (
+            f"its KL is below the unedited prompt's in {contrast['lower']} of {cells_in_words(n)}"
+        )
+    verdict = verdict_of(contrast)
+    told = {
+        LOWER: "its KL is below the unedited prompt's",
+        HIGHER: "its KL is above the unedited prompt's",
+        EQUIVALENT: "it is as good as the unedited prompt"
+        f"{margin_in_words(contrast, host, 'the unedited prompt')}",
+    }.get(verdict, "it is undecided whether its KL is below the unedited prompt's")
+    return f"{told} (by the median paired difference)"

@@ -109,7 +109,8 @@ markers = function_of(Markers)
 
 def _markers(summary: pd.DataFrame, contrasts: pd.DataFrame) -> Iterable[str]:
     from persona_nnsight.analysis.columns import records
-    from persona_nnsight.analysis.wording import few_cells, listed, side_of_zero
+    from persona_nnsight.analysis.verdicts import HIGHER, LOWER, UNDECIDED
+    from persona_nnsight.analysis.wording import few_cells, listed, verdict_of
 
     n = summary["n"].max()
     counts = []
@@ -117,16 +118,18 @@ def _markers(summary: pd.DataFrame, contrasts: pd.DataFrame) -> Iterable[str]:
         of = "" if row["n"] == n else f" of {row['n']}"  # the run was interrupted
         counts.append(f"{row['any']}{of} under {_edit(row)}")
     yield f"Of {n} texts, a marker of the persona occurs in {listed(counts)}."
-    told: dict[int, list[str]] = {-1: [], 0: [], 1: []}
+    told: dict[str, list[tuple[str, str]]] = {}
     for row in records(contrasts[contrasts["measure"] == "distinct"].dropna(subset=["lo"])):
-        told[side_of_zero(row)].append(f"{_edit(row)} {{}} {row['control']}")
-    for side, word in ((-1, "fewer"), (1, "more")):
-        if told[side]:
-            pairs = listed([pair.format("than") for pair in told[side]])
-            yield f"There are {word} distinct markers under {pairs}."
-    if told[0]:
-        pairs = listed([pair.format("from") for pair in told[0]])
-        yield f"The number of distinct markers does not tell {pairs}."
+        told.setdefault(verdict_of(row), []).append((_edit(row), row["control"]))
+    for verdict, word in ((LOWER, "fewer"), (HIGHER, "more")):
+        if verdict in told:
+            pairs = listed([f"{edit} than {control}" for edit, control in told[verdict]])
+            yield f"There are {word} distinct markers, in the mean over texts, under {pairs}."
+    if UNDECIDED in told:
+        pairs = listed([f"{edit} and {control}" for edit, control in told[UNDECIDED]])
+        yield (
+            f"It is undecided whether the mean number of distinct markers differs between {pairs}."
+        )
     yield from few_cells(summary)
 
 

@@ -8,6 +8,7 @@ from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from persona_nnsight.analysis.columns import MARGIN
 from persona_nnsight.analysis.geometry_tables import geometry_summary
 from persona_nnsight.analysis.kl_tables import contrasts, kl_summary, kl_table
 from persona_nnsight.analysis.marker_tables import (
@@ -16,6 +17,7 @@ from persona_nnsight.analysis.marker_tables import (
     marker_summary,
     marker_table,
 )
+from persona_nnsight.analysis.wording import ties
 from persona_nnsight.errors import PersonaError
 from persona_nnsight.method.sites import generated_index
 from persona_nnsight.storage.manifest import run_manifest
@@ -83,7 +85,7 @@ class Result:
 
     def findings(self) -> list[str]:
         """What the numbers allow one to say, in sentences."""
-        return self.experiment.findings(self.tables)
+        return [*self.experiment.findings(self.tables), *ties(self.margins.values())]
 
     def save(self, directory: str | Path, *, finishes: bool = False) -> Path:
         """Write the run directory; see `persona_nnsight.storage.run_directory`.
@@ -115,6 +117,7 @@ class Result:
             seconds=self.seconds,
             complete=self.complete,
             where=self.where,
+            margin=self._margin,
         )
         # Halves of letters, which a path may have, are written by their numbers, as JSON has them.
         escape = "backslashreplace"
@@ -127,6 +130,11 @@ class Result:
     def tables(self) -> dict[str, pd.DataFrame]:
         """The tables of the run directory by file name; empty ones are not written."""
         raise NotImplementedError
+
+    @property
+    def _margin(self) -> float | None:
+        """What its experiment was asked for, where it has verdicts on KLs."""
+        return getattr(self.experiment, "margin", None)
 
 
 def _present(text: Text) -> dict[str, object]:
@@ -238,7 +246,7 @@ class EditResult(Result):
         return {
             "kl": kl,
             "summary": kl_summary(kl),
-            "contrasts": contrasts(kl),
+            "contrasts": contrasts(kl, MARGIN if self._margin is None else self._margin),
             "geometry": self.geometry,
             "markers": marker_table(self.grid, self.texts),
         }

@@ -36,6 +36,11 @@ def clean_text(generate: int) -> Edit:
     return Edit(Unedited("clean", ("p_last",)), scored=False, generate=generate)
 
 
+def floor_of_the_host(positions: tuple[str, ...]) -> Edit:
+    """XY scored as it is, beside runs of BY: its KL is what rounding alone makes."""
+    return Edit(Unedited("clean", positions))
+
+
 def checked(plan: Plan, model: Model, text_option: str = "--generate") -> Plan:
     """Refuse a plan with tokens that the model has no embedding or no positions for.
 

@@ -16,14 +16,16 @@ from persona_nnsight.experiments.arguments import (
     Layers,
     Positions,
     argument,
+    checked_margin,
     generate_argument,
     layers_argument,
+    margin_argument,
     positions_argument,
     window_argument,
 )
 from persona_nnsight.experiments.experiment import Experiment
 from persona_nnsight.experiments.function import function_of
-from persona_nnsight.experiments.setup import checked, clean_text, sites_of
+from persona_nnsight.experiments.setup import checked, clean_text, floor_of_the_host, sites_of
 from persona_nnsight.method.conditions import HOST, STEER
 from persona_nnsight.method.sites import EDITED_DEPTH
 from persona_nnsight.plan.building import build_plan
@@ -65,6 +67,7 @@ class Steer(Experiment["EditResult"]):
         host: what is run: ``xy``, the prompt with its persona, or ``by``, the prompt without it.
         vectors: Δ_X from an earlier run, or the file that holds them, in place of this grid's own:
             with host ``by`` the paper's cached case.
+        margin: differences up to this share of the KL of ``bb``, or of the host, do not matter.
         generate: also write this many tokens of greedy text per run.
     """
 
@@ -96,10 +99,12 @@ class Steer(Experiment["EditResult"]):
         metavar="FILE",
         shown=False,
     )
+    margin: float = margin_argument()
     generate: int = generate_argument()
 
     def plan(self, model: Model, grid: Grid) -> Plan:
         """What will be done; see `Experiment`."""
+        checked_margin(self.margin)
         if self.host not in HOSTS:
             raise PersonaError(
                 f"Host {self.host!r} does not exist; use xy (the prompt with its persona) or by "
@@ -127,7 +132,9 @@ class Steer(Experiment["EditResult"]):
             for b in parse_factors(self.beta, "--beta")
             for a in parse_factors(self.alpha, "--alpha")
         ]
-        edits = [Edit(control, **common), *steered]
+        into_by = self.host == "by"
+        clean = floor_of_the_host(at) if into_by else Edit(Write("clean", at, together))
+        edits = [Edit(control, **common), *steered, clean]
         if self.generate:
             edits.append(clean_text(self.generate))
         plan = build_plan(
@@ -151,7 +158,7 @@ class Steer(Experiment["EditResult"]):
     @staticmethod
     def sentences(tables: Mapping[str, pd.DataFrame]) -> Iterable[str]:
         """What the factors do, and which is best."""
-        return _steering(tables["summary"], tables["contrasts"])
+        return _steering(tables["summary"], tables["contrasts"], tables.get("kl"))
 
     @staticmethod
     def sections(run: Run) -> list[Section]:
@@ -220,31 +227,54 @@ def _factor_term(term: str, name: str) -> list[float]:
         raise PersonaError(f"{name} {text!r} is not understood; {_ALLOWED_FACTORS}.") from None
 
 
-def _steering(summary: pd.DataFrame, contrasts: pd.DataFrame) -> Iterable[str]:
+def _steering(
+    summary: pd.DataFrame, contrasts: pd.DataFrame, kl: pd.DataFrame | None
+) -> Iterable[str]:
     from persona_nnsight.analysis.columns import records
     from persona_nnsight.analysis.kl_tables import NO_PERSONA
-    from persona_nnsight.analysis.wording import few_cells, listed, share_in_words, side_of_zero
+    from persona_nnsight.analysis.verdicts import EQUIVALENT
+    from persona_nnsight.analysis.wording import (
+        COSTS,
+        best_in_words,
+        few_cells,
+        listed,
+        margin_in_words,
+        share_in_words,
+        verdict_of,
+    )
 
-    share, what = "recovered", "the vector recovers {} of what h_BB loses"
+    share, verb, of = "recovered", "recovers", "of what h_BB loses"
+    control, owner = "bb", "h_BB"
     if "gap_closed" in summary:
-        share, what = "gap_closed", "the vector closes {} of the gap to the prompt with the persona"
-    steered = summary[(summary["condition"] == "steer") & summary["median"].notna()]
+        share, verb, of = "gap_closed", "closes", "of the gap to the prompt with the persona"
+        control, owner = HOST, "the unedited prompt"
+    medians = summary.loc[summary["condition"] == control, "median"]
+    steered = summary[(summary["condition"] == STEER) & summary["median"].notna()]
     for beta, found in steered.groupby("beta", sort=False):
         rows = sorted(records(found), key=lambda row: float(row["alpha"]))
         ends = [f"{row['median']:.3g} at α = {row['alpha']:g}" for row in (rows[0], rows[-1])]
-        sentence = f"With β = {beta:g} the median KL is {listed(list(dict.fromkeys(ends)))} nats"
+        between = listed(list(dict.fromkeys(ends)))
+        sentence = f"With β = {beta:g} the median KL over cells is {between} nats"
         best = min(rows, key=lambda row: float(row["median"]))
-        if len(rows) > 1:
+        chosen = len(rows) > 1
+        if chosen:
             sentence += f", lowest at α = {best['alpha']:g} ({best['median']:.3g})"
         if not math.isnan(best[share]):
-            sentence += f"; there {what.format(share_in_words(best, share))}"
+            told = share_in_words(best, share, of, with_interval=not chosen)
+            sentence += f"; there the vector {verb} {told}"
+            if chosen:
+                sentence += best_in_words(kl, best, f"{len(rows)} factors α", lowest_kl=True)
         without = [
             row
             for row in records(contrasts.dropna(subset=["lo"]))
             if (row["control"], row["alpha"], row["beta"]) == (NO_PERSONA, best["alpha"], beta)
         ]
         for row in without:
-            verdict = {-1: "costs less than", 1: "costs more than"}.get(side_of_zero(row))
-            sentence += f", and {verdict or 'cannot be told apart from'} leaving Δ_X out (α = 0)"
+            verdict = verdict_of(row)
+            if verdict in COSTS:
+                sentence += f"; it {COSTS[verdict]} leaving Δ_X out (α = 0)"
+                if verdict == EQUIVALENT:
+                    sentence += margin_in_words(row, medians.max(), owner)
+                sentence += " (by the median paired difference)"
         yield sentence + "."
     yield from few_cells(summary)

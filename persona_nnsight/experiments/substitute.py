@@ -12,8 +12,10 @@ from persona_nnsight.experiments.arguments import (
     Layers,
     Positions,
     argument,
+    checked_margin,
     generate_argument,
     layers_argument,
+    margin_argument,
     positions_argument,
     window_argument,
 )
@@ -51,11 +53,13 @@ class Substitute(Experiment["EditResult"]):
     Attributes:
         layers, positions: the sites; see `capture`.
         conditions: which vectors to write, from `SUBSTITUTE_CONDITIONS`; None for all (without
-            ``other_x`` when the grid has a single persona, and without ``rounded`` in float32). In
-            fewer bits ``rounded`` is always there: what is not above it is rounding.
+            ``other_x`` when the grid has a single persona, and without ``rounded`` in float32).
+            ``clean`` is always among them, and in fewer bits ``rounded``: what is not above these
+            is rounding.
         window: tokens per KL.
         generate: also write this many tokens of greedy text per edit.
         seed: of the ``random`` control.
+        margin: differences up to this share of the KL of ``bb`` do not matter.
     """
 
     name = "substitute"
@@ -66,16 +70,18 @@ class Substitute(Experiment["EditResult"]):
     positions: Positions = positions_argument(DEFAULT_POSITIONS)
     conditions: str | Iterable[str] | None = argument(
         None,
-        f"What to write, with commas between: {', '.join(SUBSTITUTE_CONDITIONS)}.",
+        f"What to write, with commas between: {', '.join(SUBSTITUTE_CONDITIONS)}; clean always is.",
         metavar="NAMES",
         shown="all",
     )
     window: int = window_argument()
     seed: int = argument(0, "Seed of the random control.")
+    margin: float = margin_argument()
     generate: int = generate_argument()
 
     def plan(self, model: Model, grid: Grid) -> Plan:
         """What will be done; see `Experiment`."""
+        checked_margin(self.margin)
         sites = sites_of(model, self.layers, self.positions)
         edits = [
             Edit(
@@ -156,27 +162,29 @@ def _conditions(conditions: str | Iterable[str] | None, grid: Grid, *, rounds: b
             "Condition 'other_x' needs a second persona to take Δ_X from and this grid has one; "
             "use a grid with several, or leave the condition out."
         )
-    # What the others are to be above.
-    wanted += [ROUNDED] if rounds else []
+    # Without these nobody knows what is rounding.
+    wanted += ["clean", *([ROUNDED] if rounds else [])]
     return [name for name in SUBSTITUTE_CONDITIONS if name in wanted]
 
 
 def _substitution(summary: pd.DataFrame, contrasts: pd.DataFrame) -> Iterable[str]:
-    import pandas as pd
-
     from persona_nnsight.analysis.wording import few_cells, layers_in_words, shares_in_words
 
     for position, at in summary.groupby("position", sort=False):
         additive = at[at["condition"] == "additive"].set_index("layers")
-        shares = additive["recovered"].dropna() if "recovered" in additive else pd.Series()
+        neither = at[at["condition"] == "bb"].set_index("layers")["median"]
         mine = contrasts[
             (contrasts["position"] == position) & (contrasts["condition"] == "additive")
         ]
-        clauses = [verdict for verdict in (_verdicts(mine, c) for c in _CONTROLS) if verdict]
-        if len(shares):
-            clauses.insert(0, f"recovers {shares_in_words(shares)} of what writing h_BB loses")
+        clauses = [
+            verdict for verdict in (_verdicts(mine, c, neither) for c in _CONTROLS) if verdict
+        ]
+        if clauses:
+            clauses[-1] += " (by medians of paired differences)"
+        if "recovered" in additive and additive["recovered"].notna().any():
+            shares = shares_in_words(additive, "recovered", "of what writing h_BB loses")
+            clauses.insert(0, f"recovers {shares}")
         said = [f"At {position} the additive vector {'; it '.join(clauses)}."] if clauses else []
-        neither = at[at["condition"] == "bb"].set_index("layers")["median"]
         free = neither[neither < NEARLY_FREE]
         if len(free):
             where = (
@@ -185,27 +193,38 @@ def _substitution(summary: pd.DataFrame, contrasts: pd.DataFrame) -> Iterable[st
                 else f"{position}, {layers_in_words(free.index)},"
             )
             said.append(
-                f"At {where} a low KL is nearly free: even h_BB costs no more than "
-                f"{free.max():.2g} nats."
+                f"At {where} a low KL is nearly free: even the median KL of h_BB over cells is at "
+                f"most {free.max():.2g} nats."
             )
         if said:
             yield " ".join(said)
     yield from few_cells(summary)
 
 
-def _verdicts(contrasts: pd.DataFrame, control: str) -> str:
+def _verdicts(contrasts: pd.DataFrame, control: str, neither: pd.Series[float]) -> str:
     """How the additive vector compares with a control, layer by layer."""
     from persona_nnsight.analysis.columns import records
-    from persona_nnsight.analysis.wording import layers_in_words, listed, side_of_zero
+    from persona_nnsight.analysis.verdicts import EQUIVALENT
+    from persona_nnsight.analysis.wording import (
+        COSTS,
+        layers_in_words,
+        listed,
+        margin_in_words,
+        verdict_of,
+    )
 
-    groups: dict[int, list[str]] = {}
+    groups: dict[str, list[str]] = {}
+    margin = ""
     for row in records(contrasts[contrasts["control"] == control].dropna(subset=["lo"])):
-        groups.setdefault(side_of_zero(row), []).append(row["layers"])
-    verdicts = {-1: "costs less than", 1: "costs more than", 0: "cannot be told apart from"}
+        verdict = verdict_of(row)
+        groups.setdefault(verdict, []).append(row["layers"])
+        if verdict == EQUIVALENT:
+            margin = margin_in_words(row, neither.get(row["layers"]), "h_BB")
     told = [
-        f"{verdict} {'it' if number else _CONTROLS[control]} at {layers_in_words(groups[side])}"
-        for number, (side, verdict) in enumerate(
-            (side, verdict) for side, verdict in verdicts.items() if side in groups
+        f"{words} {'it' if number else _CONTROLS[control]}"
+        f"{margin if verdict == EQUIVALENT else ''} at {layers_in_words(groups[verdict])}"
+        for number, (verdict, words) in enumerate(
+            (verdict, words) for verdict, words in COSTS.items() if verdict in groups
         )
     ]
     return listed(told) if told else ""

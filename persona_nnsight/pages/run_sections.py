@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import TYPE_CHECKING
 
+from persona_nnsight.analysis.wording import resampling_of
 from persona_nnsight.pages import table_blocks
 from persona_nnsight.pages.blocks import Block, Section, Table
 from persona_nnsight.pages.figures.geometry import geometry_by_layer
@@ -42,8 +43,8 @@ def edit_sections(
     run: Run,
     question: str,
     figures: Sequence[Figure | None],
-    summary_table: Callable[[pd.DataFrame], Table],
-    contrast_table: Callable[[pd.DataFrame], Table],
+    summary_table: Callable[[pd.DataFrame, str], Table],
+    contrast_table: Callable[[pd.DataFrame, str], Table],
     meanings: Mapping[str, str],
 ) -> list[Section]:
     """What the edits did, drawn and in numbers; nothing where a run has no summary.
@@ -58,12 +59,16 @@ def edit_sections(
     for summary in summaries(run):
         written = list(dict.fromkeys(summary["condition"]))
         meaning = table_blocks.meaning_table(written, meanings)
-        drawn: list[Block] = [block for block in (meaning, *figures) if block is not None]
-        numbers: list[Block] = [summary_table(summary)]
+        shown: list[Block] = [block for block in (meaning, *figures) if block is not None]
         contrasts = run.tables.get("contrasts")
+        # The intervals of older versions were made otherwise.
+        is_new = "verdict" in contrasts if contrasts is not None else "floor" in summary
+        resampling = resampling_of(run.tables) if is_new else None
+        drawn = resampling.method if resampling else ""
+        numbers: list[Block] = [summary_table(summary, drawn)]
         if contrasts is not None and len(contrasts):
-            numbers.append(contrast_table(contrasts))
-        return [Section("effects", question, drawn), Section("numbers", "In numbers", numbers)]
+            numbers.append(contrast_table(contrasts, drawn))
+        return [Section("effects", question, shown), Section("numbers", "In numbers", numbers)]
     return []
 
 

@@ -45,12 +45,13 @@ _DIFFERENCE = ("lo", "hi")
 
 _KL_ORDER = (
     *("host", "position", "layers", "condition", "alpha", "beta"),
-    *("median", interval_of("median"), "recovered", interval_of("recovered")),
-    *("gap_closed", interval_of("gap_closed"), _QUARTILES, "n"),
+    *("median", interval_of("median"), "floor"),
+    *("recovered", interval_of("recovered"), "recovered_pooled"),
+    *("gap_closed", interval_of("gap_closed"), "gap_closed_pooled", _QUARTILES, "n"),
 )
 _CONTRAST_ORDER = (
     *("host", "position", "layers", "condition", "alpha", "beta", "control"),
-    *("difference", _DIFFERENCE, "lower"),
+    *("difference", _DIFFERENCE, "verdict", "lower"),
 )
 _MARKER_ORDER = (
     *("condition", "position", "layers", "alpha", "beta"),
@@ -58,55 +59,86 @@ _MARKER_ORDER = (
 )
 
 
-def kl_table(summary: pd.DataFrame) -> Table:
-    """``summary.csv`` of a run with KLs, site by site."""
+def kl_table(summary: pd.DataFrame, drawn: str = "") -> Table:
+    """``summary.csv`` of a run with KLs, site by site.
+
+    Args:
+        summary: the table.
+        drawn: what was drawn for the intervals (`resampling.Resampling.method`), if it is known.
+    """
+    caption = "KL over cells, in nats, one row per edit."
+    if "floor" in summary:
+        caption += _by_itself(drawn)
+        caption += " Floor: the median KL of clean at the same site, which is rounding."
+        names = (("recovered", "bb at the same site"), ("gap_closed", "the unedited host"))
+        for name, control in names:
+            if name in summary:
+                caption += (
+                    f" {COLUMN[name].heading.capitalize()}: the median over cells of 1 − KL / KL "
+                    f"of {control}, and pooled, 1 − ΣKL / ΣKL; empty where that KL is not clearly "
+                    "above the floor."
+                )
+    elif "recovered" in summary:  # of an older version
+        caption += " Recovered: 1 − median KL / median KL of bb at the same site."
     rows = sorted(records(summary), key=_site_order(summary))
     return _table(
-        "KL over cells, in nats, one row per edit. Recovered: 1 − median KL / median KL of bb at "
-        "the same site."
-        if "recovered" in summary
-        else "KL over cells, in nats, one row per edit.",
+        caption,
         rows,
         _present(_KL_ORDER, summary),
     )
 
 
-def contrast_table(contrasts: pd.DataFrame) -> Table:
-    """``contrasts.csv``: a condition against its controls, cell by cell."""
+def contrast_table(contrasts: pd.DataFrame, drawn: str = "") -> Table:
+    """``contrasts.csv``: a condition against its controls, cell by cell; see `kl_table`."""
     rows = records(contrasts)
     return _table(
-        "Median over cells of KL(condition) − KL(control), in nats, with its bootstrap 95 % "
-        "interval. Below 0: the condition does better than the control. Last column: in how many "
-        "of the cells it does.",
+        "Median over cells of KL(condition) − KL(control), in nats, with its 95 % interval. "
+        f"{_at_once(contrasts, drawn)}Below 0: the condition does better than the control. Last "
+        "column: in how many of the cells it does.",
         sorted(rows, key=_site_order(contrasts)),
         _present(_CONTRAST_ORDER, contrasts),
     )
 
 
-def marker_table(summary: pd.DataFrame) -> Table:
-    """``summary.csv`` of a markers run."""
+def marker_table(summary: pd.DataFrame, drawn: str = "") -> Table:
+    """``summary.csv`` of a markers run; see `kl_table`."""
     return _table(
-        "Markers of the persona in the generated texts, one row per edit.",
+        f"Markers of the persona in the generated texts, one row per edit.{_by_itself(drawn)}",
         records(summary),
         _present(_MARKER_ORDER, summary),
     )
 
 
-def marker_contrast_table(contrasts: pd.DataFrame) -> Table:
-    """``contrasts.csv`` of a markers run."""
+def marker_contrast_table(contrasts: pd.DataFrame, drawn: str = "") -> Table:
+    """``contrasts.csv`` of a markers run; see `kl_table`."""
     rows = [
         {**row, "measure": MEASURES.get(row["measure"], row["measure"])}
         for row in records(contrasts)
     ]
     return _table(
-        "Mean over cells of condition − control, with its bootstrap 95 % interval: share of texts "
-        "with a marker, and distinct markers in a text.",
+        "Mean over cells of condition − control, with its 95 % interval: share of texts with a "
+        f"marker, and distinct markers in a text. {_at_once(contrasts, drawn)}".strip(),
         rows,
         _present(
-            ("condition", "layers", "control", "measure", "difference", _DIFFERENCE, "n"),
+            (
+                *("condition", "layers", "control", "measure"),
+                *("difference", _DIFFERENCE, "verdict", "n"),
+            ),
             contrasts,
         ),
     )
+
+
+def _by_itself(drawn: str) -> str:
+    return f" Each 95 % interval is by itself: {drawn}." if drawn else ""
+
+
+def _at_once(contrasts: pd.DataFrame, drawn: str) -> str:
+    """That the intervals are simultaneous, which those of older versions are not."""
+    if "verdict" not in contrasts:
+        return ""
+    of = f": {drawn}" if drawn else ""
+    return f"The intervals of this table hold all at once (max-T){of}. "
 
 
 def geometry_table(geometry: pd.DataFrame) -> Table:

@@ -136,13 +136,19 @@ def _cells_with_rows(found: Mapping[str, pd.DataFrame]) -> int:
 
 
 def _findings(run: Run) -> Sequence[str]:
-    from persona_nnsight.analysis.wording import CAVEAT
+    from persona_nnsight.analysis.wording import caveat, ties
 
     summary = run.tables.get("summary")
     if run.command == "reproduce" or (summary is not None and not _has_intervals(summary)):
         return []  # a sentence without an interval would say too much
     said = experiment_named(run.command).findings(run.tables)
-    return [*said, CAVEAT] if said else []
+    cells = [cell for cell in run.manifest.get("cells") or [] if isinstance(cell, Mapping)]
+    said += ties(
+        margin
+        for margin in (cell.get("smallest_margin") for cell in cells)
+        if isinstance(margin, int | float)
+    )
+    return [*said, caveat(run.tables)] if said else []
 
 
 def _has_intervals(summary: pd.DataFrame) -> bool:

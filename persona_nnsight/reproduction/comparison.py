@@ -21,10 +21,11 @@ def comparison(table: PaperTable, result: Result) -> pd.DataFrame:
 
     Columns: ``position``, ``layers``, ``condition``, ``persona``, ``task`` (empty for all cells),
     ``measure``; our ``value`` (see `persona_nnsight.reproduction.published` for what it is), its
-    bootstrap 95 % interval ``lo``, ``hi``, the quartiles ``q25``, ``q75`` over cells, ``recovered``
-    or ``gap_closed`` with its interval, ``n``; then ``published_model``, ``published_dtype``,
-    ``published_layers`` (as deep in that model), ``published``, ``published_q25``,
-    ``published_q75``, ``same_stimuli`` (whether the cells have the texts of the paper's), and
+    95 % interval ``lo``, ``hi`` by itself, the quartiles ``q25``, ``q75`` over cells, ``floor``,
+    ``recovered`` or ``gap_closed`` with its interval and pooled, ``n``; then ``published_model``,
+    ``published_dtype``, ``published_layers`` (as deep in that model), ``published``,
+    ``published_q25``, ``published_q75``, ``same_stimuli`` (whether the cells have the texts of the
+    paper's), and
     ``difference`` = ours - theirs, which is empty unless the model is the published one.
     """
     ours = _OURS[table.name](result)

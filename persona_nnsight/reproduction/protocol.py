@@ -39,8 +39,8 @@ TARGETS = {**{table: (table,) for table in TABLES}, "figure1": ("table1", "table
 #: Tag of the tasks that Tables 3 and 4 take from the long grid.
 REVIEW = "review"
 
-#: The paper's additive vector, and the controls that stand beside it.
-CONDITIONS = ("additive", "bb", "by", "other_x")
+#: The paper's additive vector, the controls that stand beside it, and what rounding makes.
+CONDITIONS = ("additive", "bb", "by", "other_x", "clean")
 
 #: Three of the five depths of Table 1; the second model was run at other ones.
 _TABLE2_LAYERS = {None: "40%,55%,70%", "Qwen/Qwen2.5-1.5B-Instruct": "7,15,20"}

@@ -34,6 +34,7 @@ def run_manifest(
     seconds: Mapping[str, float],
     complete: bool,
     where: Mapping[str, Any],
+    margin: float | None = None,
 ) -> dict[str, Any]:
     """What ran, on what, with which inputs, and how long it took, as JSON-like data.
 
@@ -44,6 +45,7 @@ def run_manifest(
         seconds: wall time by stage.
         complete: whether the run came to its end.
         where: where it ran (`persona_nnsight.backends.interface.Backend.record`).
+        margin: the share of a control's KL that makes no matter, where the run has verdicts on KLs.
     """
     return {
         **_header(plan.command, where, complete=complete),
@@ -55,6 +57,7 @@ def run_manifest(
             "hosts": list(dict.fromkeys(edit.host for edit in plan.edits)),
             "generate": plan.longest_text,
             "seed": plan.seed,
+            **({} if margin is None else {"margin": margin}),
         },
         **_origin(model, where),
         "grid": grid.to_dict(),

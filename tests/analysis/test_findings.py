@@ -7,12 +7,15 @@ import re
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
+import numpy as np
 import pandas as pd
 import pytest
 
 from persona_nnsight.analysis.columns import read_table
-from persona_nnsight.analysis.kl_tables import contrasts, kl_summary
+from persona_nnsight.analysis.kl_tables import contrasts, drawn_kls, kl_summary
 from persona_nnsight.analysis.marker_tables import marker_contrasts, marker_summary
+from persona_nnsight.analysis.verdicts import best_of, verdicts
+from persona_nnsight.analysis.wording import caveat, ties
 from persona_nnsight.experiments.registry import NAMES, experiment_named
 
 NAN = math.nan
@@ -30,6 +33,7 @@ def summary_row(
     n: int = 12,
     share: float = NAN,
     of: str = "recovered",
+    pooled: float | None = None,
     **factors: float,
 ) -> dict[str, object]:
     """A row of ``summary.csv`` with intervals a tenth to either side, where cells suffice."""
@@ -47,6 +51,7 @@ def summary_row(
         of: share,
         f"{of}_lo": share - wide,
         f"{of}_hi": share + wide,
+        f"{of}_pooled": share if pooled is None else pooled,
     }
 
 
@@ -59,7 +64,10 @@ def contrast_row(
     position: str = "p_last",
     n: int = 12,
     lower: int = 6,
+    margin: float = NAN,
+    **factors: float,
 ) -> dict[str, object]:
+    words = verdicts(np.array(ends[:1]), np.array(ends[1:]), margin=margin, floor=1e-5)
     return {
         "host": "XY",
         "position": position,
@@ -71,6 +79,9 @@ def contrast_row(
         "lo": ends[0],
         "hi": ends[1],
         "lower": lower,
+        "margin": margin,
+        "verdict": str(words[0]),
+        **factors,
     }
 
 
@@ -78,6 +89,8 @@ def said(
     command: str,
     summary: Sequence[Mapping[str, object]],
     contrasts: Sequence[Mapping[str, object]] = (),
+    *,
+    older: bool = False,
 ) -> list[str]:
     # No row, but the columns, as `tables.contrasts` gives it.
     columns = list(contrast_row("additive", "bb", "8", ACROSS))
@@ -85,6 +98,9 @@ def said(
         "summary": pd.DataFrame(summary),
         "contrasts": pd.DataFrame(contrasts, columns=None if contrasts else columns),
     }
+    if older:  # a run directory of a version without them
+        new = ["margin", "verdict", "recovered_pooled", "gap_closed_pooled", "floor"]
+        frames = {name: table.drop(columns=new, errors="ignore") for name, table in frames.items()}
     return experiment_named(command).findings(frames)
 
 
@@ -119,11 +135,11 @@ def test_a_substitution_is_set_against_its_controls_layer_by_layer() -> None:
     )
     assert sentence == (
         "At p_last the additive vector recovers 88 % (layers 8 and 26), 60 % (layers 12 and 16), "
-        "-15 % (layer 21) of what writing h_BB loses; it costs less than leaving the persona out "
-        "(by) at layer 8, costs more than it at layers 12 and 16 and cannot be told apart from it "
-        "at layer 21; it cannot be told apart from another persona's Δ_X (other_x) at layers 8, "
-        "12, 16, 21 and 26. At layers 8 and 16 a low KL is nearly free: even h_BB costs no more "
-        "than 0.1 nats."
+        "-15 % (layer 21) of what writing h_BB loses (medians over cells); it costs less than "
+        "leaving the persona out (by) at layer 8, costs more than it at layers 12 and 16 and is "
+        "undecided against it at layer 21; it is undecided against another persona's Δ_X (other_x) "
+        "at layers 8, 12, 16, 21 and 26 (by medians of paired differences). At layers 8 and 16 a "
+        "low KL is nearly free: even the median KL of h_BB over cells is at most 0.1 nats."
     )
 
 
@@ -131,25 +147,63 @@ def test_a_substitution_is_set_against_its_controls_layer_by_layer() -> None:
     ("ends", "verdict"),
     [
         ((-0.2, -2e-5), "costs less than"),
-        ((-0.2, -1e-6), "cannot be told apart from"),
-        ((-0.2, 0.0), "cannot be told apart from"),
-        ((0.0, 0.0), "cannot be told apart from"),
-        ((0.0, 0.2), "cannot be told apart from"),
-        ((1e-6, 0.2), "cannot be told apart from"),
+        ((-0.2, -1e-6), "is undecided against"),
+        ((-0.2, 0.0), "is undecided against"),
+        ((0.0, 0.0), "is undecided against"),
+        ((0.0, 0.2), "is undecided against"),
+        ((1e-6, 0.2), "is undecided against"),
         ((2e-5, 0.2), "costs more than"),
     ],
 )
+@pytest.mark.parametrize("older", [False, True])
 def test_only_an_interval_that_leaves_out_rounding_tells_apart(
-    ends: tuple[float, float], verdict: str
+    ends: tuple[float, float], verdict: str, older: bool
 ) -> None:
     (sentence,) = said(
         "substitute",
         [summary_row("additive", "8", 0.2, share=0.8), summary_row("bb", "8", 1.0, share=0.0)],
         [contrast_row("additive", "by", "8", ends)],
+        older=older,
     )
     assert sentence == (
-        "At p_last the additive vector recovers 80 % (layer 8) of what writing h_BB loses; "
-        f"it {verdict} leaving the persona out (by) at layer 8."
+        "At p_last the additive vector recovers 80 % (layer 8) of what writing h_BB loses (median "
+        f"over cells); it {verdict} leaving the persona out (by) at layer 8 (by medians of paired "
+        "differences)."
+    )
+
+
+def test_as_good_as_names_its_margin() -> None:
+    (sentence,) = said(
+        "substitute",
+        [
+            *(summary_row("additive", layer, 0.2, share=0.8) for layer in ("8", "12", "16")),
+            *(
+                summary_row("bb", layer, median, share=0.0)
+                for layer, median in (("8", 2.0), ("12", 4.0), ("16", 1.0))
+            ),
+        ],
+        [
+            contrast_row("additive", "by", "8", ACROSS, margin=0.3),
+            contrast_row("additive", "by", "12", ACROSS, margin=0.6),
+            contrast_row("additive", "by", "16", ACROSS, margin=0.15),
+        ],
+    )
+    assert sentence.endswith(
+        "; it is as good as leaving the persona out (by) (within ± 15 % of h_BB's KL) at layers 8 "
+        "and 12 and is undecided against it at layer 16 (by medians of paired differences)."
+    )
+
+
+def test_a_pooled_share_is_told_where_it_is_another() -> None:
+    summary = [
+        summary_row("additive", "8", 0.2, share=0.8, pooled=0.84),
+        summary_row("additive", "12", 0.2, share=0.6, pooled=0.47),
+        *(summary_row("bb", layer, 1.0, share=0.0) for layer in ("8", "12")),
+    ]
+    (sentence,) = said("substitute", summary)
+    assert sentence == (
+        "At p_last the additive vector recovers 80 % (layer 8), 60 % (layer 12) of what writing "
+        "h_BB loses (medians over cells; pooled 47 % (layer 12))."
     )
 
 
@@ -173,10 +227,13 @@ def test_each_position_has_its_own_sentence_and_controls() -> None:
         ],
     )
     assert first.startswith("At p_last the additive vector recovers 80 % (layer 8) of")
-    assert first.endswith("; it costs more than leaving the persona out (by) at layer 8.")
+    by = " leaving the persona out (by) at layer 8 (by medians of paired differences)."
+    assert first.endswith(f"; it costs more than{by}")
     assert second.startswith("At g1 the additive vector recovers 60 % (layer 8) of")
-    assert "; it costs less than leaving the persona out (by) at layer 8. At layer 8" in second
-    assert second.endswith(" a low KL is nearly free: even h_BB costs no more than 0.05 nats.")
+    assert f"; it costs less than{by} At layer 8" in second
+    assert second.endswith(
+        " a low KL is nearly free: even the median KL of h_BB over cells is at most 0.05 nats."
+    )
 
 
 def test_nothing_is_said_of_a_substitution_without_the_controls_it_needs() -> None:
@@ -184,7 +241,8 @@ def test_nothing_is_said_of_a_substitution_without_the_controls_it_needs() -> No
     by = summary_row("by", "8", 0.3)
     against = [contrast_row("additive", "by", "8", BELOW)]
     without_bb = [
-        "At p_last the additive vector costs less than leaving the persona out (by) at layer 8."
+        "At p_last the additive vector costs less than leaving the persona out (by) at layer 8 (by "
+        "medians of paired differences)."
     ]
     assert said("substitute", [additive, by], against) == without_bb
     del additive["recovered"]
@@ -192,7 +250,8 @@ def test_nothing_is_said_of_a_substitution_without_the_controls_it_needs() -> No
     assert said("substitute", [additive, by], against) == without_bb
     assert said("substitute", [additive, by]) == []
     assert said("substitute", [by, summary_row("bb", "8", 0.01, share=0.0)]) == [
-        "At p_last, layer 8, a low KL is nearly free: even h_BB costs no more than 0.01 nats."
+        "At p_last, layer 8, a low KL is nearly free: even the median KL of h_BB over cells is at "
+        "most 0.01 nats."
     ]
 
 
@@ -222,7 +281,8 @@ def test_few_cells_get_a_warning_and_no_verdict(n: int, ending: str) -> None:
         [contrast_row("additive", "by", "8", UNKNOWN, n=n, lower=n)],
     )
     assert sentence == (
-        "At p_last the additive vector recovers 80 % (layer 8) of what writing h_BB loses."
+        "At p_last the additive vector recovers 80 % (layer 8) of what writing h_BB loses (median "
+        "over cells)."
     )
     assert warning == ending
 
@@ -274,18 +334,23 @@ def test_an_injection_is_told_by_its_best_layers() -> None:
         "The prompt without the persona is 3.05 nats from the prompt with it (median of 12 cells)."
     )
     assert oracle == (
-        "Writing the true residual (oracle) closes at most 23 % (13 to 33) of that gap, at layer "
-        "14, the best of 2 sets; its KL is below the unedited prompt's."
+        "Writing the true residual (oracle) closes 23 % of the gap in a cell (median over cells), "
+        "at layer 14, the best of 2 sets; its KL is below the unedited prompt's (by the median "
+        "paired difference)."
     )
-    assert cached.startswith("Writing h_BB + Δ_X + Δ_Y (cached) closes at most -5 % (-15 to 5)")
-    assert "8+14, the best of 3 sets; its KL is above the unedited prompt's." in cached
+    assert cached.startswith("Writing h_BB + Δ_X + Δ_Y (cached) closes -5 % of the gap in a cell (")
+    assert "8+14, the best of 3 sets; its KL is above the unedited prompt's (by " in cached
 
 
 @pytest.mark.parametrize(
     ("ends", "verdict"),
     [
-        (ACROSS, "its KL cannot be told apart from the unedited prompt's."),
-        (UNKNOWN, "its KL is below the unedited prompt's in 3 of 4 cells."),
+        (
+            ACROSS,
+            "; it is undecided whether its KL is below the unedited prompt's (by the median "
+            "paired difference).",
+        ),
+        (UNKNOWN, "; its KL is below the unedited prompt's in 3 of 4 cells."),
     ],
 )
 def test_an_injection_that_is_not_told_apart(ends: tuple[float, float], verdict: str) -> None:
@@ -308,10 +373,23 @@ def test_an_injection_of_one_cell() -> None:
         [contrast_row("oracle", "host", "8", UNKNOWN, n=1, lower=1)],
     )
     assert found[1:] == [
-        "Writing the true residual (oracle) closes at most 25 % of that gap, at layer 8; its KL "
-        "is below the unedited prompt's in 1 of 1 cell.",
+        "Writing the true residual (oracle) closes 25 % of the gap in a cell (median over cells), "
+        "at layer 8; its KL is below the unedited prompt's in 1 of 1 cell.",
         "1 cell is too few for intervals; expect other cells to differ.",
     ]
+
+
+def test_a_single_set_has_the_interval_of_its_share_and_the_pooled_one() -> None:
+    oracle = summary_row("oracle", "8", 1.5, share=0.25, of="gap_closed", pooled=0.5)
+    host = summary_row("host", "none", 2.0, share=0.0, of="gap_closed")
+    (_, sentence) = said(
+        "inject", [host, oracle], [contrast_row("oracle", "host", "8", ACROSS, margin=0.4)]
+    )
+    assert sentence == (
+        "Writing the true residual (oracle) closes 25 % (15 to 35) of the gap in a cell (median "
+        "over cells; pooled 50 %), at layer 8; it is as good as the unedited prompt (within ± 20 % "
+        "of the unedited prompt's KL) (by the median paired difference)."
+    )
 
 
 def test_an_injection_without_a_gap_has_none_closed() -> None:
@@ -357,10 +435,12 @@ def test_a_steering_is_told_by_its_ends_and_its_lowest_kl() -> None:
         ),
     )
     assert found == [
-        "With β = 1 the median KL is 0.9 at α = 0 and 1.23 at α = 2 nats, lowest at α = 1 (0.25); "
-        "there the vector recovers 88 % (78 to 98) of what h_BB loses.",
-        "With β = 0 the median KL is 3 at α = 0 and 5 at α = 2 nats, lowest at α = 0 (3); "
-        "there the vector recovers 0 % (-10 to 10) of what h_BB loses.",
+        "With β = 1 the median KL over cells is 0.9 at α = 0 and 1.23 at α = 2 nats, lowest at "
+        "α = 1 (0.25); there the vector recovers 88 % of what h_BB loses (median over cells), the "
+        "best of 4 factors α.",
+        "With β = 0 the median KL over cells is 3 at α = 0 and 5 at α = 2 nats, lowest at α = 0 "
+        "(3); there the vector recovers 0 % of what h_BB loses (median over cells), the best of 3 "
+        "factors α.",
     ]
 
 
@@ -370,25 +450,42 @@ def test_a_steering_into_the_prompt_without_the_persona() -> None:
         steering((0, 1, 2, 0.1), (1, 1, 1.5, 0.25), (2, 1, 1.75, 0.2), of="gap_closed"),
     )
     assert sentence.endswith(
-        ", lowest at α = 1 (1.5); there the vector closes 25 % (15 to 35) of the gap to the prompt "
-        "with the persona."
+        ", lowest at α = 1 (1.5); there the vector closes 25 % of the gap to the prompt with the "
+        "persona (median over cells), the best of 3 factors α."
     )
 
 
 def test_a_share_belongs_to_a_named_factor() -> None:
     """Of two factors the share is that of the one with the lower KL, and has to say so."""
     (sentence,) = said("steer", steering((0.0, 1.0, 0.5, 0.8), (1.0, 1.0, 1.0, 0.6)))
-    assert "80 % (70 to 90)" in sentence
+    assert "80 % of what h_BB loses" in sentence
     assert "lowest at α = 0 (0.5)" in sentence
 
 
 def test_a_single_factor() -> None:
     found = said("steer", steering((1.0, 0.5, 0.25, 0.88), n=3))
     assert found == [
-        "With β = 0.5 the median KL is 0.25 at α = 1 nats; there the vector recovers 88 % of what "
-        "h_BB loses.",
+        "With β = 0.5 the median KL over cells is 0.25 at α = 1 nats; there the vector recovers "
+        "88 % of what h_BB loses (median over cells).",
         "3 cells are too few for intervals; expect other cells to differ.",
     ]
+
+
+@pytest.mark.parametrize(
+    ("ends", "verdict"),
+    [
+        (BELOW, "costs less than leaving Δ_X out (α = 0)"),
+        (ACROSS, "is undecided against leaving Δ_X out (α = 0)"),
+        ((-0.03, 0.01), "is as good as leaving Δ_X out (α = 0) (within ± 3 % of h_BB's KL)"),
+    ],
+)
+def test_a_steering_is_set_against_no_persona(ends: tuple[float, float], verdict: str) -> None:
+    (sentence,) = said(
+        "steer",
+        steering((0, 1, 2, 0.1), (1, 1, 1.5, 0.25)),
+        [contrast_row("steer", "alpha_0", "8", ends, margin=0.09, alpha=1.0, beta=1.0)],
+    )
+    assert sentence.endswith(f"; it {verdict} (by the median paired difference).")
 
 
 def test_a_steering_with_nothing_to_recover_names_no_share() -> None:
@@ -448,10 +545,11 @@ def test_markers_are_counted_and_compared() -> None:
     assert found == [
         "Of 6 texts, a marker of the persona occurs in 5 under clean, 5 under additive at 8, 6 "
         "under additive at 14, 5 under remove_x at 8 and 0 under bare.",
-        "There are fewer distinct markers under remove_x at 8 than clean, remove_x at 8 than "
-        "additive and bare than clean.",
-        "There are more distinct markers under additive at 14 than clean.",
-        "The number of distinct markers does not tell additive at 8 from clean.",
+        "There are fewer distinct markers, in the mean over texts, under remove_x at 8 than clean, "
+        "remove_x at 8 than additive and bare than clean.",
+        "There are more distinct markers, in the mean over texts, under additive at 14 than clean.",
+        "It is undecided whether the mean number of distinct markers differs between additive at 8 "
+        "and clean.",
     ]
 
 
@@ -476,7 +574,9 @@ def test_markers_of_an_interrupted_run_are_compared_where_cells_suffice() -> Non
             ("remove_x", "8"): [0, 0],
         }
     )
-    assert found[1:] == ["There are fewer distinct markers under additive at 8 than clean."]
+    assert found[1:] == [
+        "There are fewer distinct markers, in the mean over texts, under additive at 8 than clean."
+    ]
 
 
 def test_a_count_of_fewer_texts_says_of_how_many() -> None:
@@ -734,6 +834,73 @@ def test_the_tables_on_disk_say_the_same(command: str, tmp_path: Path) -> None:
     ) == (found)
 
 
+@pytest.mark.parametrize("command", ["inject", "steer"])
+def test_the_best_of_several_has_an_interval_that_knows_of_the_choice(command: str) -> None:
+    tables = run_tables(command)
+    several = {"inject": "2 sets", "steer": "3 factors α"}[command]
+    words = f", the best of {several}, an interval that allows for the choice: "
+    told = [each for each in experiment_named(command).findings(tables) if "the best of" in each]
+    assert told
+    for sentence in told:
+        low, high = re.search(rf"{re.escape(words)}(-?\d+) to (-?\d+) %", sentence).groups()  # type: ignore[union-attr]
+        assert int(low) < int(high) <= 100
+    without = {name: table for name, table in tables.items() if name != "kl"}
+    for sentence in experiment_named(command).findings(without):
+        assert "an interval" not in sentence
+
+
+def test_the_interval_of_the_best_set_is_that_of_the_draws() -> None:
+    tables = run_tables("inject")
+    edits, _, shares = drawn_kls(tables["kl"])
+    cached = np.flatnonzero(edits["condition"] == "cached")
+    best = best_of(shares.take(cached))
+    assert best is not None
+    ends = " to ".join(str(round(100 * min(end, 1.0))) for end in (best.low, best.high))
+    sentence = experiment_named("inject").findings(tables)[2]
+    assert f"at layer {edits['layers'][cached[best.column]]}, the best of 2 sets" in sentence
+    assert f"the choice: {ends} %;" in sentence
+
+
+def cells(personas: int, tasks: int) -> dict[str, pd.DataFrame]:
+    rows = [(f"p{i}", f"t{j}") for i in range(personas) for j in range(tasks)]
+    return {"kl": pd.DataFrame(rows, columns=["persona", "task"])}
+
+
+@pytest.mark.parametrize(
+    ("levels", "sentence"),
+    [
+        (
+            (8, 12),
+            "Intervals and verdicts allow for other personas and tasks (8 personas and 12 tasks, "
+            "both drawn); other models may differ.",
+        ),
+        (
+            (8, 3),
+            "Intervals and verdicts are of these 3 tasks only, too few to speak of others "
+            "(8 personas and 3 tasks, both drawn).",
+        ),
+        (
+            (4, 1),
+            "Intervals and verdicts are of these 4 personas and this 1 task only, too few to speak "
+            "of others (4 personas and 1 task, personas drawn).",
+        ),
+    ],
+)
+def test_the_caveat_says_of_which_levels_a_run_speaks(
+    levels: tuple[int, int], sentence: str
+) -> None:
+    assert caveat(cells(*levels)) == sentence
+    assert caveat({}) == "Intervals and verdicts are over the cells of this run."
+
+
+def test_ties_are_counted() -> None:
+    assert list(ties([0.5, 0.25, None])) == []
+    assert list(ties([0.0, 0.25, None, 0.0])) == [
+        "In 2 of 3 cells a token of the clean continuation ties with another (their logits are "
+        "equal), and the one with the lower id was taken."
+    ]
+
+
 @pytest.mark.parametrize("command", ["substitute", "inject", "steer"])
 def test_a_run_can_be_interrupted_after_any_row(command: str) -> None:
     """Edits come one after the other, each for every cell."""
@@ -743,7 +910,7 @@ def test_a_run_can_be_interrupted_after_any_row(command: str) -> None:
     order = edit.sort_values(kind="stable").index
     for rows in (*range(1, 16), *range(16, len(whole), 5)):
         table = whole.loc[sorted(order[:rows])]
-        tables = {"summary": kl_summary(table), "contrasts": contrasts(table)}
+        tables = {"kl": table, "summary": kl_summary(table), "contrasts": contrasts(table)}
         for sentence in experiment_named(command).findings(tables):
             assert "nan" not in sentence.lower()
 
@@ -765,6 +932,7 @@ def test_many_layers_are_put_in_ranges() -> None:
     (sentence,) = said("substitute", summary, against)
     assert sentence == (
         "At p_last the additive vector recovers between 8 % (layer 8) and 21 % (layer 21) of what "
-        "writing h_BB loses; it costs less than leaving the persona out (by) at layers 8 to 14 and "
-        "costs more than it at layers 15, 20 and 21."
+        "writing h_BB loses (medians over cells); it costs less than leaving the persona out (by) "
+        "at layers 8 to 14 and costs more than it at layers 15, 20 and 21 (by medians of paired "
+        "differences)."
     )

@@ -11,7 +11,6 @@ import pandas as pd
 import pytest
 import torch
 
-from persona_nnsight.analysis.bootstrap import drawn_medians, interval
 from persona_nnsight.analysis.geometry_tables import geometry_summary, geometry_table
 from persona_nnsight.analysis.kl_tables import contrasts, kl_summary, kl_table
 from persona_nnsight.analysis.marker_tables import (
@@ -20,6 +19,8 @@ from persona_nnsight.analysis.marker_tables import (
     marker_summary,
     marker_table,
 )
+from persona_nnsight.analysis.resampling import Crossed
+from persona_nnsight.analysis.verdicts import interval, verdicts
 from persona_nnsight.plan.events import Scored
 from persona_nnsight.plan.interventions import Unedited, Write
 from persona_nnsight.plan.plan import CellPlan, Edit, Plan
@@ -207,7 +208,7 @@ def test_edits_keep_the_order_of_the_table() -> None:
     assert found["position"].tolist() == ["p_last", "p_last", "p_last", "g1"]
 
 
-def test_recovered_is_of_the_medians_at_the_same_site() -> None:
+def test_recovered_is_the_median_of_the_shares_of_cells_at_the_same_site() -> None:
     found = kl_summary(
         kl_frame(
             {
@@ -221,9 +222,64 @@ def test_recovered_is_of_the_medians_at_the_same_site() -> None:
             }
         )
     )
-    # Not the median of the shares in cells, which is 0.95 in the first row.
-    assert found["recovered"].tolist() == approx(0.9, 1 - 1 / 9, -0.5, NAN, 0, 0, 0)
+    # Not the ratio of the medians, which leaves 0.9 in the first row. In it the cells share 0.7,
+    # 0.95, 0.95, in the third -0.5, -1, 1.
+    assert found["recovered"].tolist() == approx(0.95, 1 - 1 / 9, -0.5, NAN, 0, 0, 0)
+    # 1 - 0.6 / 7, 1 - 3 / 20, 1 - 12 / 11
+    pooled = (1 - 0.6 / 7, 0.85, -1 / 11, NAN, 0, 0, 0)
+    assert found["recovered_pooled"].tolist() == approx(*pooled)
     assert "gap_closed" not in found
+
+
+def test_cells_without_much_to_recover_are_left_out_of_both_shares() -> None:
+    """The floor of the site is 0.001: a cell's share needs a KL of `bb` of 0.01."""
+    found = kl_summary(
+        kl_frame(
+            {
+                at("additive"): [0.005, 0.3, 0.1, 9.0],
+                at("bb"): [0.01, 1.0, 2.0, 0.009],
+                at("clean"): [0.001, 0.0, 0.001, 0.002],
+                at("additive", "g1"): [0.005, 0.3, 0.1, 9.0],
+                at("bb", "g1"): [0.01, 1.0, 2.0, 0.009],
+            }
+        )
+    )
+    assert found["floor"].tolist() == approx(0.001, 0.001, 0.001, NAN, NAN)
+    # 0.5, 0.7, 0.95; without a floor -999 too.
+    assert found["recovered"].tolist() == approx(0.7, 0, 0.9995, 0.6, 0)
+    assert values(found, 0, "recovered_pooled") == approx(1 - 0.405 / 3.01)
+    assert values(found, 3, "recovered_pooled") == approx(1 - 9.405 / 3.019)
+
+
+def test_shares_are_withheld_where_the_control_is_not_clearly_above_the_floor() -> None:
+    kls = {
+        at("additive"): [0.5] * 6,
+        at("bb"): [0.99] * 3 + [1.01, 2.0, 3.0],
+        at("clean"): [0.1] * 6,
+    }
+    shares = ["recovered", "recovered_lo", "recovered_hi", "recovered_pooled"]
+    known = kl_summary(kl_frame(kls))
+    assert known["floor"].tolist() == [0.1] * 3
+    # The median of bb is 1, ten times the floor.
+    assert known.loc[0, shares].notna()[["recovered", "recovered_pooled"]].all()
+    assert values(known, 0, "recovered") == approx(1 - 0.5 / 2.0)
+    kls[at("bb")] = [0.99] * 4 + [2.0, 3.0]
+    assert kl_summary(kl_frame(kls))[shares].isna().all(axis=None)
+
+
+def test_the_floor_of_runs_of_by_is_the_clean_run_beside_them() -> None:
+    clean = at("clean", layers="none")
+    kls = {
+        into_by("host"): [1.0, 2.0, 4.0],
+        into_by("cached"): [0.9, 1.0, 3.6],
+        clean: [0.001, 0.002, 0.003],
+    }
+    found = kl_summary(kl_frame(kls))
+    assert found["floor"].tolist() == [0.002] * 3
+    assert found["gap_closed"].tolist() == approx(0, 0.1, NAN)
+    assert "recovered" not in found
+    kls[clean] = [0.3] * 3
+    assert kl_summary(kl_frame(kls))["gap_closed"].isna().all()
 
 
 def test_nothing_is_recovered_without_bb_or_below_the_floor() -> None:
@@ -249,24 +305,50 @@ def test_the_gap_closed_is_the_median_of_the_shares_of_cells() -> None:
 
 
 SEVEN = [5.0, 2.0, 7.0, 1.0, 6.0, 3.0, 4.0]
-"""The interval of the median of seven cells reaches from the second lowest to the second highest:
-a drawn median is at most the lowest value with chance 1 %, at most the second lowest with 10 %
-(``test_bootstrap.py``)."""
+
+
+def drawn(numbers: Sequence[float], *, positive: bool = True) -> tuple[float, float]:
+    """The interval of a median by itself, of cells (p0, t), (p1, t), …; see `test_verdicts`."""
+    crossed = Crossed([(f"p{cell}", "t") for cell in range(len(numbers))])
+    low, high = interval(crossed.medians(np.array(numbers)[:, None]), positive=positive)
+    return float(low[0]), float(high[0])
 
 
 def test_the_intervals_of_seven_cells() -> None:
     table = kl_frame({at("additive"): SEVEN, at("bb"): [10.0] * 7})
     found = row_of(kl_summary(table), condition="additive")
-    assert (found["median_lo"], found["median"], found["median_hi"]) == (2, 4, 6)
+    low, high = drawn(SEVEN)
+    assert 0 < low < 2
+    assert high > 6
+    assert [found[f"median{end}"] for end in ("_lo", "", "_hi")] == approx(low, 4, high)
     shares = [found[f"recovered{end}"] for end in ("_lo", "", "_hi")]
-    assert shares == approx(0.4, 0.6, 0.8)
+    assert shares == approx(1 - high / 10, 0.6, 1 - low / 10)
 
 
 def test_the_interval_of_the_gap_closed() -> None:
     table = kl_frame({into_by("host"): [10.0] * 7, into_by("cached"): SEVEN})
     found = row_of(kl_summary(table), condition="cached")
     ends = [found[f"gap_closed{end}"] for end in ("_lo", "", "_hi")]
-    assert ends == approx(0.4, 0.6, 0.8)
+    low, high = drawn(SEVEN)
+    assert ends == approx(1 - high / 10, 0.6, 1 - low / 10)
+
+
+def test_personas_and_tasks_are_both_drawn() -> None:
+    """Where the task decides all, as many personas as there are make an interval no narrower."""
+    rows = [
+        {
+            **{"persona": f"p{i}", "task": f"t{j}", "condition": "additive", "host": "XY"},
+            **{"position": "p_last", "layers": "8", "kl": 1.0 + j, "n_tokens": 10},
+        }
+        for i in range(12)
+        for j in range(5)
+    ]
+    many = kl_summary(pd.DataFrame(rows))
+    few = kl_summary(pd.DataFrame(rows[:10]))
+    for found in (many, few):
+        low, high = values(found, 0, "median_lo", "median_hi")
+        assert low < 1.5
+        assert high > 5
 
 
 def test_shares_are_drawn_together_with_their_control() -> None:
@@ -390,7 +472,112 @@ def test_the_interval_of_a_difference() -> None:
     shifted = row_of(found, control="bb")
     assert [shifted[name] for name in ("lo", "difference", "hi", "lower")] == [0.5, 0.5, 0.5, 0]
     by = row_of(found, control="by")
-    assert [by[name] for name in ("lo", "difference", "hi")] == approx(2.0, 4.0, 6.0)
+    low, high = drawn(SEVEN, positive=False)
+    # No more than one of the two varies, so that both together are no more than each by itself.
+    ends = [by[name] for name in ("lo", "difference", "hi")]
+    assert ends == pytest.approx([low, 4.0, high], rel=0.05)
+
+
+def crossed_frame(edits: Sequence[EditKey], seed: int = 3) -> pd.DataFrame:
+    """KLs of eight personas at six tasks, far apart from edit to edit."""
+    rng = np.random.default_rng(seed)
+    cells = [(f"p{i}", f"t{j}") for i in range(8) for j in range(6)]
+    return pd.DataFrame(
+        [
+            {
+                **{"persona": persona, "task": task},
+                **dict(zip(("condition", "host", "position", "layers"), edit, strict=True)),
+                "kl": (1 + number) * rng.lognormal(sigma=0.3),
+                "n_tokens": 10,
+            }
+            for persona, task in cells
+            for number, edit in enumerate(edits)
+        ]
+    )
+
+
+def test_the_intervals_of_contrasts_hold_all_at_once() -> None:
+    """They are wider than those of each contrast by itself, and so are those of more contrasts."""
+    names = ["additive", "remove_x", "bb", "by", "xb"]
+    table = crossed_frame([at(name, layers=layer) for name in names for layer in ("8", "14", "20")])
+    found = contrasts(table)
+    assert len(found) == 12
+    for row in found.to_dict("records"):
+        kls = table[table["layers"] == row["layers"]].pivot(
+            index=["persona", "task"], columns="condition", values="kl"
+        )
+        pair = (kls["additive"] - kls[row["control"]]).to_numpy()[:, None]
+        draws = Crossed(kls.index).medians(pair)
+        (low,), (high,) = interval(draws)
+        assert row["lo"] < low < row["difference"] < high < row["hi"]
+    alone = contrasts(table[table["condition"].isin(["additive", "bb"])])
+    bb = found[found["control"] == "bb"]
+    widths = [(each["hi"] - each["lo"]).to_numpy() for each in (alone, bb)]
+    assert (widths[0] < widths[1]).all()
+
+
+def test_a_verdict_needs_an_interval_beyond_zero_or_within_the_margin() -> None:
+    table = kl_frame(
+        {
+            at("additive"): [kl + 1.0 for kl in SEVEN],
+            at("remove_x"): [kl + 1.1 for kl in SEVEN],
+            at("bb"): [kl + 36 for kl in SEVEN],
+            at("by"): SEVEN,
+            at("xb"): [
+                kl + 0.5 - own for kl, own in zip(SEVEN, SEVEN[1:] + SEVEN[:1], strict=True)
+            ],
+            at("additive", "g1"): SEVEN,
+            at("by", "g1"): [kl + 0.1 for kl in SEVEN],
+        }
+    )
+    # bb's median is 40.
+    found = contrasts(table, margin=1 / 50).set_index(["position", "control"])
+    assert found.loc["p_last", "margin"].tolist() == approx(*[0.8] * 4)
+    assert found["verdict"].to_dict() == {
+        ("p_last", "remove_x"): "equivalent",
+        ("p_last", "bb"): "lower",
+        ("p_last", "by"): "higher",
+        ("p_last", "xb"): "undecided",
+        # Without bb there is no margin.
+        ("g1", "by"): "lower",
+    }
+    assert math.isnan(found.loc[("g1", "by"), "margin"])
+    wider = contrasts(table, margin=1 / 39).set_index(["position", "control"])["verdict"]
+    assert wider["p_last", "by"] == "equivalent"
+    none = contrasts(table, margin=0.0).set_index(["position", "control"])["verdict"]
+    assert none["p_last", "remove_x"] == "lower"
+    assert set(contrasts(table.head(7 * 4))["verdict"]) == {""}  # four cells have no interval
+
+
+def test_the_margin_of_runs_of_by_is_a_share_of_the_hosts_kl() -> None:
+    table = kl_frame({into_by("host"): SEVEN, into_by("cached"): [kl + 0.3 for kl in SEVEN]})
+    (row,) = contrasts(table).to_dict("records")
+    assert (row["margin"], row["verdict"]) == (pytest.approx(0.4), "equivalent")
+
+
+def test_verdicts_are_withheld_below_the_floor() -> None:
+    """bb's and by's KL are 1: clearly above a floor of 0.1 and not above one of 0.11."""
+    kls = {
+        at("additive"): [0.3] * 7,
+        at("bb"): [1.0] * 7,
+        at("by"): [1.0] * 7,
+        at("xb"): [0.45] * 7,
+        at("clean"): [0.1] * 7,
+    }
+    found = contrasts(kl_frame(kls)).set_index("control")
+    assert found["verdict"].to_dict() == {"bb": "lower", "by": "lower", "xb": "undecided"}
+    assert found["margin"].tolist() == approx(0.1, 0.1, 0.1)
+    kls[at("clean")] = [0.11] * 7
+    found = contrasts(kl_frame(kls))
+    assert set(found["verdict"]) == {"undecided"}
+    assert found["margin"].isna().all()
+    assert found["lower"].tolist() == [7, 7, 7]
+    # A difference that is below the floor itself is no difference.
+    kls[at("clean")] = [0.04] * 7
+    kls[at("xb")] = [0.33] * 7
+    found = contrasts(kl_frame(kls), margin=0.0).set_index("control")
+    assert found["verdict"].to_dict() == {"bb": "lower", "by": "lower", "xb": "undecided"}
+    assert found["lower"].to_dict() == {"bb": 7, "by": 7, "xb": 0}
 
 
 def test_a_table_without_pairs_has_no_contrasts() -> None:
@@ -409,7 +596,8 @@ def test_an_interrupted_run_is_summarised_over_what_it_has() -> None:
     # bb has 1, 2, 4, 5, 7
     bb = row_of(found, condition="bb")
     assert (bb["median"], bb["n"]) == (4.0, 5)
-    assert 1 <= bb["median_lo"] <= 4 <= bb["median_hi"] <= 7
+    assert 0 < bb["median_lo"] < 2
+    assert bb["median_hi"] > 7
     assert row_of(found, condition="additive")["n"] == 8
     (contrast,) = contrasts(unfinished).to_dict("records")
     assert (contrast["n"], contrast["difference"], contrast["lo"]) == (5, 0.0, 0.0)
@@ -517,9 +705,12 @@ def test_marker_summary() -> None:
     assert found["any"].tolist() == [5, 3, 5, 0, 10, 1]
     assert found["distinct"].tolist() == approx(0.8, 0.4, 0.8, 0.0, 1.7, 0.1)
     ends = found[["any_lo", "any_hi", "distinct_lo", "distinct_hi"]]
-    # Cells with a marker, drawn ten times, are binomial: P(X <= 1) is 1 % and P(X <= 2) 5 % of
-    # five in ten.
-    assert values(ends, 0, "any_lo", "any_hi") == approx(2, 8)
+    # The share of five in ten has a standard error of √(0.25 / 9), and Student's t with nine
+    # degrees of freedom is 2.26.
+    half = 10 * 2.262 * math.sqrt(0.25 / 9)
+    assert values(ends, 0, "any_lo", "any_hi") == pytest.approx([5 - half, 5 + half], abs=0.4)
+    # One in ten: no fewer than none.
+    assert values(ends, 5, "any_lo") == [0.0]
     # Nothing varies where no text, or every text, has a marker: no certainty, but no interval.
     assert ends.loc[3].isna().all()
     assert ends.loc[4, ["any_lo", "any_hi"]].isna().all()
@@ -528,7 +719,9 @@ def test_marker_summary() -> None:
     assert (ends["distinct_lo"] <= found["distinct"])[varying].all()
     assert (ends["distinct_hi"] >= found["distinct"])[varying].all()
     low, high = values(ends, 4, "distinct_lo", "distinct_hi")
-    assert 1.2 < low < 1.6 < 1.8 < high < 2.3
+    # A standard error of √(0.61 / 9) is 15.3 % of the mean, and the interval is of the logarithm.
+    half = math.exp(2.262 * 0.153)
+    assert [low, high] == pytest.approx([1.7 / half, 1.7 * half], abs=0.1)
 
 
 def test_marker_summary_of_few_cells_has_no_intervals() -> None:
@@ -557,16 +750,16 @@ def test_marker_summary_draws_from_the_cells_that_an_edit_has() -> None:
     assert found["n"].tolist() == [10, 5]
     assert found.loc[1, ["any_lo", "any_hi"]].isna().all()  # all five texts have a marker
     ends = values(found, 1, "any_lo", "any_hi", "distinct_lo", "distinct_hi")
-    # 3, 3, 2, 2, 2: all five draws are a 2 with chance 8 %, all a 3 with 1 %.
-    assert ends[2] == pytest.approx(2.0)
-    assert 2.7 < ends[3] <= 3.0
+    # 3, 3, 2, 2, 2: a standard error of √(0.24 / 4) and Student's t with four degrees of freedom.
+    half = math.exp(2.776 * math.sqrt(0.24 / 4) / 2.4)
+    assert ends[2:] == pytest.approx([2.4 / half, 2.4 * half], abs=0.1)
 
 
 def test_marker_contrasts() -> None:
     found = marker_contrasts(marker_table(GRID, texts(10)))
     assert list(found.columns) == [
         *("condition", "position", "layers", "control"),
-        *("measure", "n", "difference", "lo", "hi"),
+        *("measure", "n", "difference", "lo", "hi", "verdict"),
     ]
     names = ["condition", "layers", "control", "measure"]
     assert set(found[names].itertuples(index=False, name=None)) == {
@@ -593,10 +786,25 @@ def test_marker_contrasts() -> None:
     assert difference("additive", "8", "clean", "any")[1] == pytest.approx(-0.2)
     assert difference("additive", "8", "clean", "distinct")[1] == pytest.approx(-0.4)
     # One marker more in every cell but the first, which has all three already.
-    assert difference("remove_x", "14", "clean", "distinct")[1:] == approx(0.9, 1.0)
+    assert difference("remove_x", "14", "clean", "distinct")[1] == pytest.approx(0.9)
     assert difference("additive", "14", "clean", "distinct") == [0.0] * 3
-    # Five cells lose their marker: binomial again.
-    assert difference("remove_x", "8", "clean", "any") == approx(-0.8, -0.5, -0.2)
+    # Five cells lose their marker: wider than by itself, as all hold at once.
+    half = 2.262 * math.sqrt(0.25 / 9)
+    low, middle, high = difference("remove_x", "8", "clean", "any")
+    assert middle == pytest.approx(-0.5)
+    assert -1 <= low < -0.5 - 1.1 * half
+    assert -0.5 + 1.1 * half < high
+    told = found.set_index(names)["verdict"]
+    assert told["remove_x", "14", "clean", "distinct"] == "higher"
+    assert told["additive", "14", "clean", "distinct"] == "undecided"
+    assert (told == verdicts(found["lo"].to_numpy(), found["hi"].to_numpy())).all()
+    everything = [
+        [mine - other for mine, other in zip(COUNTS[edit], COUNTS[control], strict=True)]
+        for edit, control in ((("additive", "8"), ("clean", None)),)
+    ]
+    alone = interval(Crossed([("yoda", f"t{i}") for i in range(10)]).means(np.array(everything).T))
+    low, _, high = difference("additive", "8", "clean", "distinct")
+    assert low < alone[0][0] < alone[1][0] < high
     assert difference("remove_x", "8", "additive", "any")[1] == pytest.approx(-0.3)
     assert difference("bare", "none", "clean", "any")[1] == pytest.approx(-0.4)
 
@@ -662,7 +870,8 @@ def test_geometry_summary_has_intervals_of_its_medians() -> None:
     measures = {"cos_xy_sum": cosines, "inter_over_xy": torch.full((9, 1, 1), 0.5)}
     made = Plan(**{**vars(plan(cells=9)), "positions": ("g1",), "layers": (8,)})
     (row,) = geometry_summary(geometry_table(made, range(9), measures)).to_dict("records")
-    low, high = interval(drawn_medians(cosines.numpy().reshape(9, 1).astype(float)))
+    draws = Crossed([(f"p{i}", "t") for i in range(9)])
+    low, high = interval(draws.medians(cosines.numpy().reshape(9, 1).astype(float)))
     assert (row["cos_xy_sum_lo"], row["cos_xy_sum_hi"]) == pytest.approx((low[0], high[0]))
     assert low[0] < row["cos_xy_sum"] < high[0]
     assert (row["inter_over_xy_lo"], row["inter_over_xy_hi"]) == (0.5, 0.5)

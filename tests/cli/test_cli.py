@@ -99,13 +99,20 @@ def test_substitute(persona: Persona, tiny_dir: TinyDir) -> None:
     summary = pd.read_csv(out / "summary.csv")
     assert list(summary) == [
         *("condition", "host", "position", "layers", "median", "median_lo", "median_hi"),
-        *("q25", "q75", "min", "max", "n", "recovered", "recovered_lo", "recovered_hi"),
+        *("q25", "q75", "min", "max", "n", "floor", "recovered", "recovered_lo", "recovered_hi"),
+        "recovered_pooled",
     ]
     picked = summary[(summary["position"] == "g1") & (summary["layers"] == 3)]
-    medians = picked.set_index("condition")["median"]
-    recovered = picked.set_index("condition")["recovered"]
-    assert recovered["additive"] == pytest.approx(1 - medians["additive"] / medians["bb"])
-    assert recovered["bb"] == 0
+    picked = picked.set_index("condition")
+    at_site = table[(table["position"] == "g1") & (table["layers"] == 3)]
+    kls = at_site.pivot(index=["persona", "task"], columns="condition", values="kl")
+    assert kls["clean"].median() < 1e-5 < kls["bb"].min()
+    assert picked["floor"].to_numpy() == pytest.approx(kls["clean"].median())
+    shares = 1 - kls["additive"] / kls["bb"]
+    pooled = 1 - kls["additive"].sum() / kls["bb"].sum()
+    assert picked.loc["additive", "recovered"] == pytest.approx(shares.median())
+    assert picked.loc["additive", "recovered_pooled"] == pytest.approx(pooled)
+    assert picked.loc["bb", "recovered"] == 0
 
     texts = [json.loads(line) for line in (out / "text.jsonl").read_text("utf-8").splitlines()]
     assert {tuple(text) for text in texts} == {
@@ -117,6 +124,7 @@ def test_substitute(persona: Persona, tiny_dir: TinyDir) -> None:
     manifest = json.loads((out / "run.json").read_text("utf-8"))
     assert manifest["complete"] is True
     assert manifest["arguments"]["seed"] == 7
+    assert manifest["arguments"]["margin"] == 0.1
     assert manifest["arguments"]["layers"] == [2, 3]
     assert manifest["model"]["dtype"] == "float32"
     assert manifest["model"]["sha256"]
@@ -140,10 +148,16 @@ def test_inject(persona: Persona, tiny_dir: TinyDir, tiny: Callable[..., Model])
     report = json.loads(outcome.out)  # nothing else on standard output
     table = pd.read_csv(Path(report["out"]) / "kl.csv")
     assert list(dict.fromkeys(table["layers"])) == ["none", "2+3+4", "2", "3", "4"]
-    assert len(table) == 2 * (1 + 2 * 4)
+    assert len(table) == 2 * (1 + 2 * 4 + 1)
     for _, cell in table.groupby(["persona", "task"]):
         host = cell.loc[cell["condition"] == "host", "kl"].item()
-        assert cell["gap_closed"].to_numpy() == pytest.approx(1 - cell["kl"].to_numpy() / host)
+        into_by = cell[cell["host"] == "BY"]
+        shares = 1 - into_by["kl"].to_numpy() / host
+        assert into_by["gap_closed"].to_numpy() == pytest.approx(shares)
+        (clean,) = cell[cell["host"] == "XY"].to_dict("records")
+        assert (clean["condition"], clean["layers"]) == ("clean", "none")
+        assert abs(clean["kl"]) < 1e-5
+        assert math.isnan(clean["gap_closed"])
     library = inject(
         tiny("llama"), TINY_GRID.select(["yoda", "marx"], ["haiku"]), layers="2-4", each=True
     )

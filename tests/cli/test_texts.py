@@ -82,7 +82,7 @@ def test_steer_saves_what_later_runs_use(
     )
     assert again.code == 0, again.err
     report = json.loads(again.out)
-    assert [row["condition"] for row in report["summary"]] == ["host", "steer"]
+    assert [row["condition"] for row in report["summary"]] == ["host", "steer", "clean"]
     vectors = Vectors.load("deep/v.safetensors")
     assert list(vectors.personas) == ["yoda", "marx"]
     library = steer(

@@ -131,6 +131,9 @@ def test_injection_matches_reference(tiny64: Tiny, family: str) -> None:
                 expected = reference.injection_kl(prompts, layers, condition, continuation)
                 row = (*key, condition, "p_last", "+".join(map(str, layers)))
                 assert found[row][0] == pytest.approx(expected.kl, abs=KL64), row
+        assert found[(*key, "clean", "p_last", "none")] == pytest.approx(
+            (0.0, host.n_tokens), abs=KL64
+        )
 
 
 @pytest.mark.parametrize("family", ["llama", "gemma2", "gpt2", "olmo2"])

@@ -186,12 +186,18 @@ def test_summary_is_the_table_over_cells(short_run: EditResult) -> None:
             if all(row[key] == line[key] for key in ("condition", "position", "layers"))
         ]
         low, _, high = quantiles(values, n=4, method="inclusive")
-        neither = median(
-            row["kl"]
-            for row in rows
-            if row["condition"] == "bb"
-            and (row["position"], row["layers"]) == (line["position"], line["layers"])
+        neither, clean = (
+            [
+                row["kl"]
+                for row in rows
+                if row["condition"] == condition
+                and (row["position"], row["layers"]) == (line["position"], line["layers"])
+            ]
+            for condition in ("bb", "clean")
         )
+        # In float32 every KL of bb is clearly above the floor.
+        assert min(neither) > max(KL_FLOOR, 10 * median(clean))
+        pairs = list(zip(values, neither, strict=True))
         expected = {
             "median": median(values),
             "q25": low,
@@ -199,7 +205,9 @@ def test_summary_is_the_table_over_cells(short_run: EditResult) -> None:
             "min": min(values),
             "max": max(values),
             "n": 12,
-            "recovered": 1 - median(values) / neither,
+            "floor": median(clean),
+            "recovered": median(1 - kl / of for kl, of in pairs),
+            "recovered_pooled": 1 - sum(values) / sum(neither),
         }
         assert {key: line[key] for key in expected} == pytest.approx(expected)
     assert isinstance(short_run.summary(), pd.DataFrame)

@@ -55,7 +55,14 @@ def test_steering_matches_reference(tiny64: Tiny, family: str, host: str) -> Non
     )
     table = result.frame()
     assert set(table["position"]) == {"p_last+g2"}
-    assert len(table) == 2 * (1 + 4)
+    assert len(table) == 2 * (1 + 4 + 1)
+    # Beside runs of BY it is the XY run as it is.
+    clean = table[table["condition"] == "clean"]
+    assert set(clean["host"]) == {"XY"}
+    assert set(clean["layers"]) == {"1+3" if host == "xy" else "none"}
+    assert clean["kl"].abs().max() < KL64
+    floors = result.summary().set_index("condition")["floor"]
+    assert (floors == clean["kl"].median()).all()
     largest = 0.0
     for cell in grid.cells:
         prompts = cell_prompts(grid, cell)

@@ -32,8 +32,9 @@ def substitute(
     At every asked site of the XY run, one site at a time, write the additive vector
     h_BB + Δ_X + Δ_Y, and controls beside it. KL(clean ‖ patched) is summed over the window, in
     nats. A small KL alone means little: at an early layer hardly any edit matters. `recovered` is
-    1 - median KL / median KL of writing h_BB (neither persona nor task): 100 % means that nothing
-    is lost, 0 % that the vector does no better than the baseline.
+    the median over cells of 1 - KL / KL of writing h_BB (neither persona nor task): 100 % means
+    that nothing is lost, 0 % that the vector does no better than the baseline. `clean` always runs:
+    its KL is what rounding makes, and nothing is said of KLs that are not clearly above it.
 
     Writes kl.csv (one row per cell and edit), summary.csv, contrasts.csv (paired differences from
     the controls), geometry.csv, run.json, and with --generate text.jsonl, and markers.csv if the

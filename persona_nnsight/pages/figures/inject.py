@@ -62,7 +62,7 @@ def injection_bars(summary: pd.DataFrame, cells: pd.DataFrame) -> Figure:
             )
     caption = (
         "KL from the run with the persona, for the prompt without it. Each dot is a cell, the bar "
-        "the median, written at the right, the dark line its bootstrap 95 % interval. At KL 0 the "
+        "the median, written at the right, the dark line its 95 % interval. At KL 0 the "
         "edit would do what naming the persona does."
     )
     if gaps:

@@ -43,6 +43,6 @@ def marker_bars(summary: pd.DataFrame) -> Figure:
     return Figure(
         name="markers",
         caption="How often the persona's marker words appear in the generated texts, with "
-        "bootstrap 95 % intervals.",
+        "95 % intervals.",
         panels=panels,
     )

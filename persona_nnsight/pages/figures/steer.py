@@ -36,7 +36,8 @@ def steering_curves(summary: pd.DataFrame, markers: pd.DataFrame | None = None) 
         summary: of the run.
         markers: its ``markers.csv``, if texts were generated and the grid has markers.
     """
-    rows = records(summary)
+    # The floor would stretch the axis.
+    rows = [row for row in records(summary) if row["condition"] != "clean"]
     steered = [row for row in rows if _is_steered(row)]
     if not steered:
         return None

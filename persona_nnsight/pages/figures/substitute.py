@@ -213,8 +213,7 @@ def cell_dots(summary: pd.DataFrame, cells: pd.DataFrame) -> Figure:
     return Figure(
         name="cells",
         caption="Each dot is a cell. Diamond or circle: the median, written at the right; dark "
-        "line: its bootstrap 95 % interval; vertical line: KL 0.1."
-        + _of(len(sites), len(every), "sites"),
+        "line: its 95 % interval; vertical line: KL 0.1." + _of(len(sites), len(every), "sites"),
         panels=panels,
     )
 
