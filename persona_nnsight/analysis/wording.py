@@ -82,12 +82,14 @@ def shares_in_words(rows: pd.DataFrame, name: str, of: str) -> str:
         name: of the share.
         of: what it is of.
     """
-    shares = rows[name].dropna()
+    rows = rows[rows[name].notna()]
+    shares = rows[name]
     statistic = f"median{'s' if len(shares) > 1 else ''} over cells"
-    pooled = rows.get(f"{name}_pooled", pd.Series(dtype=float)).reindex(shares.index)
-    apart = pooled[(pooled - shares).abs() > _APART]
-    if len(apart):
-        statistic += f"; pooled {_by_layer(apart)}"
+    if f"{name}_pooled" in rows:  # not in older tables
+        pooled = rows[f"{name}_pooled"]
+        apart = pooled[((pooled - shares).abs() > _APART).to_numpy()]
+        if len(apart):
+            statistic += f"; pooled {_by_layer(apart)}"
     return f"{_by_layer(shares)} {of} ({statistic})"
 
 
@@ -134,8 +136,8 @@ def best_in_words(
         lowest_kl: whether it was chosen for its median KL, and not for its share.
     """
     words = f", the best of {several}"
-    if kl is None:
-        return words
+    if kl is None or not {"host", *({"alpha", "beta"} & set(row))} <= set(kl):
+        return words  # a run of an older version, or cut by hand
     edits, medians, shares = drawn_kls(kl)
     among = edits["condition"] == row["condition"]
     if "beta" in edits:
@@ -172,9 +174,12 @@ def margin_in_words(contrast: Mapping[str, Any], of: float | None, owner: str) -
         of: the KL that the margin is a share of, in nats.
         owner: whose it is.
     """
+    margin = contrast.get("margin", math.nan)
+    if math.isnan(margin):  # a table that was cut by hand
+        return ""
     if of is None or not of > 0:
-        return f" (within ± {contrast['margin']:.2g} nats)"
-    return f" (within ± {100 * contrast['margin'] / of:.3g} % of {owner}'s KL)"
+        return f" (within ± {margin:.2g} nats)"
+    return f" (within ± {100 * margin / of:.3g} % of {owner}'s KL)"
 
 
 def layers_in_words(names: Iterable[str]) -> str:

@@ -45,12 +45,13 @@ def test_tables_hold_the_numbers_of_the_csv(pages: dict[str, str], runs: dict[st
             values = [row["median"], row["n"]]
             values += [
                 row[name]
-                for name in ("recovered", "gap_closed")
+                for name in ("recovered", "gap_closed", "recovered_pooled", "gap_closed_pooled")
                 if name in row and not math.isnan(row[name])
             ]
             assert has_row(pages[command], words, values), row
         for row in read_table(runs[command] / "contrasts.csv").to_dict("records"):
             words = [row["position"], row["layers"], row["condition"], row["control"]]
+            words.append(row["verdict"])
             assert has_row(pages[command], words, [row["difference"], row["lower"]]), row
     for row in read_table(runs["markers"] / "summary.csv").to_dict("records"):
         values = [row["any"], row["distinct"], row["n"]]
@@ -83,6 +84,37 @@ def test_older_and_smaller_runs_show_what_they_have(tmp_path: Path) -> None:
     assert has_row(page, ["p_last", "8", "xb"], [kl["kl"][1], 1])
     for absent in ("recovered", "95 % interval</th>", "Do the effects add up", "by persona"):
         assert absent not in page
+
+
+def test_captions_say_what_was_drawn_and_what_holds_at_once(pages: dict[str, str]) -> None:
+    at_once = "The intervals of this table hold all at once (max-T): "
+    for command, drawn in (
+        ("substitute", "4 personas and 3 tasks, both drawn."),
+        ("inject", "4 personas and 3 tasks, both drawn."),
+        ("markers", "4 personas and 3 tasks, both drawn."),
+        ("steer", "2 personas and 3 tasks, both drawn."),
+    ):
+        assert f"Each 95 % interval is by itself: {drawn}" in pages[command]
+        assert at_once + drawn in pages[command]
+        assert "Intervals and verdicts are of these " in pages[command]
+    assert "verdict</th>" in pages["substitute"]
+
+
+@pytest.mark.parametrize("command", ["substitute", "inject", "markers", "steer"])
+def test_runs_of_before_the_verdicts_are_read(
+    runs: dict[str, Path], tmp_path: Path, command: str
+) -> None:
+    """Their tables lack the columns, and no page says that their intervals are what ours are."""
+    run = shutil.copytree(runs[command], tmp_path / "old")
+    new = ["floor", "recovered_pooled", "gap_closed_pooled", "margin", "verdict"]
+    for name in ("summary", "contrasts"):
+        table = pd.read_csv(run / f"{name}.csv", keep_default_na=False)
+        table.drop(columns=new, errors="ignore").to_csv(run / f"{name}.csv", index=False)
+    page = write_report([run]).read_text("utf-8")
+    assert "95 % interval" in page
+    for absent in ("at once", "drawn.", "verdict</th>", "floor</th>", "pooled</th>"):
+        assert absent not in page
+    assert re.search("undecided|costs (less|more) than|there are (fewer|more)", page, re.IGNORECASE)
 
 
 def test_values_that_are_not_finite_are_dashes(tmp_path: Path) -> None:
