@@ -85,8 +85,14 @@ def test_low_precision(tiny_dir: TinyDir, family: str, dtype: str) -> None:
     found = lookup(result)
     bb = found[("chef", "haiku", "bb", "p_last", "3")][0]
     clean = found[("chef", "haiku", "clean", "p_last", "3")][0]
-    continuation = reference.continuation(prompts, ["p_last"])
-    assert list(result.continuations[0]) == continuation
+    continuation = list(result.continuations[0])
+    greedy = reference.continuation(prompts, ["p_last"])
+    ids = reference.ids(prompts["XY"])
+    for step, (mine, other) in enumerate(zip(continuation, greedy, strict=True)):
+        if mine != other:  # which of two logits is larger, rounding may decide
+            logits = reference._logits([*ids, *greedy[:step]])[-1]
+            assert float(logits[other] - logits[mine]) < 16 * eps * float(logits.abs().max())
+            break
     score = reference.substitution_kl(prompts, "p_last", 3, "bb", continuation)
     assert bb == pytest.approx(score.kl, rel=0.05)
     assert abs(clean) < 0.02 * bb
