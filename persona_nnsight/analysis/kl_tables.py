@@ -28,7 +28,7 @@ from persona_nnsight.analysis.verdicts import (
     simultaneous,
     verdicts,
 )
-from persona_nnsight.method.conditions import HOST, STEER
+from persona_nnsight.method.conditions import HOST, ROUNDED, STEER
 from persona_nnsight.method.sites import NO_LAYERS
 
 if TYPE_CHECKING:
@@ -80,7 +80,8 @@ def kl_summary(table: pd.DataFrame) -> pd.DataFrame:
 
     ``n`` counts the cells that have a window at all; ``…_lo`` and ``…_hi`` are the 95 % interval
     of a number by itself (`verdicts.interval`), empty below five cells. ``floor`` is the median KL
-    of ``clean`` at the same site, or of the unedited XY run where the host is BY.
+    of ``clean`` at the same site, or of the unedited XY run where the host is BY; in few bits that
+    of ``rounded``, where that is larger.
 
     A share is 1 - KL / KL of the control: ``recovered``, of ``bb`` at the same site, in runs of
     XY, ``gap_closed``, of the unedited host, in runs of BY. It is the median over cells of the
@@ -204,13 +205,20 @@ class _Wide:
 
     @cached_property
     def floors(self) -> Floats:
-        """The median KL of `clean` at the site of every edit, float64 [edits]; NaN without."""
+        """The median KL of `clean` at the site of every edit, float64 [edits]; NaN without.
 
-        def clean_of(row: Mapping[str, Any]) -> tuple[str, ...]:
-            layers = row["layers"] if row["host"] == "XY" else NO_LAYERS
-            return CLEAN, "XY", row["position"], layers
+        Where `rounded` was run, its own if that is larger: beside an edit of BY the largest at the
+        position.
+        """
 
-        return self._medians_at([clean_of(row) for row in self._rows])
+        def is_floor(floor: Mapping[str, Any], row: Mapping[str, Any]) -> bool:
+            if floor["condition"] not in (CLEAN, ROUNDED) or floor["host"] != "XY":
+                return False
+            at_one_layer = floor["layers"] == row["layers"] or row["host"] == "BY"
+            return bool(floor["position"] == row["position"]) and at_one_layer
+
+        of = [[i for i, floor in enumerate(self._rows) if is_floor(floor, r)] for r in self._rows]
+        return np.array([self.medians[chosen].max() if chosen else np.nan for chosen in of])
 
     @property
     def least(self) -> Floats:
@@ -302,4 +310,4 @@ def _are_contrasted(subject: Mapping[str, Any], control: Mapping[str, Any]) -> b
         return bool(pair[1] == HOST)
     if pair[0] == STEER:
         return at_one_site and bool(pair[1] == "bb")
-    return at_one_site and bool(pair[0] == "additive" and pair[1] != CLEAN)
+    return at_one_site and bool(pair[0] == "additive" and pair[1] not in (CLEAN, ROUNDED))

@@ -18,7 +18,7 @@ from persona_nnsight.experiments.arguments import (
 )
 from persona_nnsight.experiments.experiment import Experiment
 from persona_nnsight.experiments.function import function_of
-from persona_nnsight.experiments.setup import checked, clean_text, floor_of_the_host, sites_of
+from persona_nnsight.experiments.setup import checked, clean_text, floors, sites_of
 from persona_nnsight.method.conditions import HOST, INJECT_CONDITIONS
 from persona_nnsight.method.sites import DEFAULT_LAYERS, parse_layer_sets
 from persona_nnsight.plan.building import build_plan
@@ -80,7 +80,7 @@ class Inject(Experiment["EditResult"]):
             for condition in INJECT_CONDITIONS
             for chosen in sets
         ]
-        edits.append(floor_of_the_host(("p_last",)))
+        edits += floors(model, "BY", ("p_last",), tuple(every))
         if self.generate:
             edits.append(clean_text(self.generate))
         plan = build_plan(

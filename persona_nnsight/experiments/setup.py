@@ -6,8 +6,9 @@ from typing import TYPE_CHECKING, TypedDict
 
 from persona_nnsight.errors import PersonaError, quoted
 from persona_nnsight.experiments.arguments import Layers, Positions
+from persona_nnsight.method.conditions import ROUNDED
 from persona_nnsight.method.sites import parse_layers, parse_positions
-from persona_nnsight.plan.interventions import Unedited
+from persona_nnsight.plan.interventions import Unedited, Write
 from persona_nnsight.plan.plan import Edit, Plan
 
 if TYPE_CHECKING:
@@ -36,9 +37,18 @@ def clean_text(generate: int) -> Edit:
     return Edit(Unedited("clean", ("p_last",)), scored=False, generate=generate)
 
 
-def floor_of_the_host(positions: tuple[str, ...]) -> Edit:
-    """XY scored as it is, beside runs of BY: its KL is what rounding alone makes."""
-    return Edit(Unedited("clean", positions))
+def floors(
+    model: Model, host: str, positions: tuple[str, ...], layers: tuple[int, ...]
+) -> list[Edit]:
+    """What is scored beside edits of `host`, to show what rounding alone makes of a KL.
+
+    XY as it is, or written back at the sites of the edits where they are edits of XY; and in few
+    bits XY with its residuals rounded, beside edits of BY at the lowest of the layers.
+    """
+    of_xy = host == "XY"
+    clean = Write("clean", positions, layers) if of_xy else Unedited("clean", positions)
+    rounded = Write(ROUNDED, positions, layers if of_xy else layers[:1])
+    return [Edit(clean), *([Edit(rounded)] if model.rounds else [])]
 
 
 def checked(plan: Plan, model: Model, text_option: str = "--generate") -> Plan:

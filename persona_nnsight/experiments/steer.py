@@ -25,7 +25,7 @@ from persona_nnsight.experiments.arguments import (
 )
 from persona_nnsight.experiments.experiment import Experiment
 from persona_nnsight.experiments.function import function_of
-from persona_nnsight.experiments.setup import checked, clean_text, floor_of_the_host, sites_of
+from persona_nnsight.experiments.setup import checked, clean_text, floors, sites_of
 from persona_nnsight.method.conditions import HOST, STEER
 from persona_nnsight.method.sites import EDITED_DEPTH
 from persona_nnsight.plan.building import build_plan
@@ -132,9 +132,8 @@ class Steer(Experiment["EditResult"]):
             for b in parse_factors(self.beta, "--beta")
             for a in parse_factors(self.alpha, "--alpha")
         ]
-        into_by = self.host == "by"
-        clean = floor_of_the_host(at) if into_by else Edit(Write("clean", at, together))
-        edits = [Edit(control, **common), *steered, clean]
+        beside = floors(model, self.host.upper(), at, together)
+        edits = [Edit(control, **common), *steered, *beside]
         if self.generate:
             edits.append(clean_text(self.generate))
         plan = build_plan(

@@ -267,6 +267,21 @@ def test_shares_are_withheld_where_the_control_is_not_clearly_above_the_floor() 
     assert kl_summary(kl_frame(kls))[shares].isna().all(axis=None)
 
 
+def test_the_floor_in_few_bits_is_what_rounding_costs() -> None:
+    rounded = at("rounded", layers="2")
+    kls = {
+        at("additive", layers="2"): [0.1, 0.2, 0.3],
+        at("clean", layers="2"): [0.0, 0.001, 0.0],
+        rounded: [0.004, 0.006, 0.005],
+        into_by("host"): [1.0, 2.0, 4.0],
+    }
+    assert kl_summary(kl_frame(kls))["floor"].tolist() == [0.005] * 4
+    kls[at("clean", layers="2")] = [0.007] * 3
+    assert kl_summary(kl_frame(kls))["floor"].tolist() == [0.007] * 4
+    # It is a control of none of the others.
+    assert "rounded" not in set(contrasts(kl_frame(kls))["control"])
+
+
 def test_the_floor_of_runs_of_by_is_the_clean_run_beside_them() -> None:
     clean = at("clean", layers="none")
     kls = {
