@@ -92,8 +92,9 @@ def kl_summary(table: pd.DataFrame) -> pd.DataFrame:
     wide = _Wide(table)
     summary, frame = wide.edits.copy(), pd.DataFrame(wide.kl)
     summary["median"] = wide.medians
-    ends = interval(wide.crossed.medians(wide.kl), positive=True)
-    summary["median_lo"], summary["median_hi"] = ends
+    low, high = interval(wide.crossed.medians(wide.kl), positive=True)
+    # Rounding may make a KL negative.
+    summary["median_lo"], summary["median_hi"] = np.minimum(low, wide.medians), high
     summary["q25"], summary["q75"] = frame.quantile([0.25, 0.75]).to_numpy()
     summary["min"], summary["max"] = frame.min().to_numpy(), frame.max().to_numpy()
     summary["n"] = frame.count().to_numpy()
@@ -101,6 +102,7 @@ def kl_summary(table: pd.DataFrame) -> pd.DataFrame:
     ratios = wide.crossed.medians(wide.ratios)
     # Of the ratio, which is never below 0: a share is never above 1.
     low, high = interval(ratios, positive=True)
+    low = np.minimum(low, ratios.estimate)
     name = share_of(table)
     summary[name] = 1 - ratios.estimate
     summary[interval_of(name)[0]], summary[interval_of(name)[1]] = 1 - high, 1 - low

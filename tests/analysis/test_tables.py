@@ -376,6 +376,14 @@ def test_shares_are_drawn_together_with_their_control() -> None:
     assert low < high
 
 
+def test_a_kl_that_rounding_made_negative_is_within_its_interval() -> None:
+    clean = [-3e-7, -2e-7, 1e-7, -1e-7, 2e-7, -4e-7]
+    summary = kl_summary(kl_frame({at("clean"): clean, at("bb"): SEVEN[:6]}))
+    found = row_of(summary, condition="clean")
+    assert found["median_lo"] <= found["median"] < 0 <= found["median_hi"]
+    assert found["recovered_lo"] < 1 < found["recovered"] <= found["recovered_hi"]
+
+
 def test_cells_that_agree_leave_no_width() -> None:
     found = row_of(kl_summary(kl_frame({at("additive"): [0.3] * 6})), condition="additive")
     assert found["median_lo"] == found["median_hi"] == 0.3
