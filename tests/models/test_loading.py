@@ -124,7 +124,9 @@ def test_float32_arithmetic_of_residuals(
 
     def seen(where: Any, vectors: Any, hidden: Tensor) -> None:
         write(where, vectors, hidden)
-        written.extend(hidden[torch.arange(len(hidden)), where["p_last"]].clone())
+        # Behind the edited rows stand unedited ones.
+        tokens = where["p_last"]
+        written.extend(hidden[torch.arange(len(tokens)), tokens].clone())
 
     monkeypatch.setattr(residual_writes, "_write", seen)
     # In one pass, so that the residuals are those that the vectors were made of.
@@ -150,6 +152,8 @@ def test_float32_arithmetic_of_residuals(
         own["X'B"] = residuals[(cell + 1) % n]["XB"]
         noise = seeded_noise(edited[0].plan.cells[cell].seed, "p_last", 3, 32)
         expected.append(own["BB"].to(low))  # the control of a steering
+        rounded = own["XY"] * (1 + noise.sign() * torch.finfo(low).eps / 2)
+        expected += [own["XY"].to(low), rounded.to(low)] * 2  # beside both experiments
         for condition in (*conditions, "steer"):
             expected.append(written_by(condition, own, noise).to(low))
             coarse = written_by(condition, {k: v.to(low) for k, v in own.items()}, noise)
@@ -270,7 +274,7 @@ def test_arguments_of_any_kind(tiny: Tiny) -> None:
         model, grid, layers="2,3", positions="p_last, g1", conditions="additive, bb"
     )
     assert asked.plan == written.plan
-    assert len(asked.frame()) == 2 * 2 * 2
+    assert len(asked.frame()) == 3 * 2 * 2  # `clean` too
     with pytest.raises(PersonaError, match="Condition 'magic' does not exist"):
         substitute(model, grid, conditions="additive,magic")
 

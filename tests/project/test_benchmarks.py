@@ -214,6 +214,9 @@ def test_the_procedure_finds_the_references_numbers(tiny: Tiny, family: str) -> 
     found = mine.run_cell(plan, 3, range(len(plan.edits)), continuation[:10])
     for number, value in found.kls.items():
         edit = plan.edits[number]
+        if edit.name == "clean":
+            assert value == pytest.approx(0, abs=KL32)
+            continue
         layers = [layer for _, _, layer in written_sites(edit)]
         one = reference.injection_kl(prompts, layers, edit.name, continuation)
         assert value == pytest.approx(one.kl, abs=KL32)
@@ -245,12 +248,12 @@ def test_forwards_are_as_stated(tiny: Tiny) -> None:
     long = Substitute(layers="1,2,4", conditions="additive").plan(model, MARKED)
     ran, said = counted(model, long, 2)
     assert ran == said
-    assert full_forwards(ran) == 1 + 4 * 3 + 2 * 9
+    assert full_forwards(ran) == 1 + 4 * 3 + 2 * 9 * 2  # additive and clean
     assert ran["step"].forwards == 11
 
     ran, said = counted(model, Inject(layers="2; 1,2").plan(model, MARKED), 1)
     assert ran == said
-    assert full_forwards(ran) == 1 + 4 + 2 * 5
+    assert full_forwards(ran) == 1 + 4 + 2 * 6  # clean too
     assert ran["step"].forwards == 9
 
     ran, said = counted(model, Markers(layers="2", tokens=7).plan(model, MARKED), 1)
@@ -294,7 +297,7 @@ def test_a_subset_varies_personas_tasks_and_sites(tiny: Tiny) -> None:
     assert spread(4, 9, 2) == (0, 1, 2, 3)
     assert spread(0, 9, 2) == ()
     plan = Inject(layers="2; 1,2").plan(tiny("llama"), MARKED)
-    assert subset_of(plan, cells=2, edits=1) == Subset((0, 3), (0, 1, 2, 3, 4))
+    assert subset_of(plan, cells=2, edits=1) == Subset((0, 3), (0, 1, 2, 3, 4, 5))
 
 
 @pytest.fixture(scope="module")
