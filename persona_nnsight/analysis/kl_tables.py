@@ -28,7 +28,7 @@ from persona_nnsight.analysis.verdicts import (
     simultaneous,
     verdicts,
 )
-from persona_nnsight.method.conditions import HOST, ROUNDED, STEER
+from persona_nnsight.method.conditions import BASELINE, CONTROLS, FLOORS, STEER
 from persona_nnsight.method.sites import NO_LAYERS
 
 if TYPE_CHECKING:
@@ -40,8 +40,6 @@ KL_FLOOR = 1e-5
 #: A KL that is clearly above the floor is this many times as large.
 CLEARLY = 10
 
-#: The condition that changes nothing: its KL is what rounding makes.
-CLEAN = "clean"
 #: How `contrasts` calls a steering without Δ_X (α = 0).
 NO_PERSONA = "alpha_0"
 
@@ -214,7 +212,7 @@ class _Wide:
         """
 
         def is_floor(floor: Mapping[str, Any], row: Mapping[str, Any]) -> bool:
-            if floor["condition"] not in (CLEAN, ROUNDED) or floor["host"] != "XY":
+            if floor["condition"] not in FLOORS or floor["host"] != "XY":
                 return False
             at_one_layer = floor["layers"] == row["layers"] or row["host"] == "BY"
             return bool(floor["position"] == row["position"]) and at_one_layer
@@ -264,11 +262,11 @@ class _Wide:
         """What the shares of every edit are of."""
         by_runs = share_of(self.table) == "gap_closed"
         return [
-            (HOST, "BY", row["position"], NO_LAYERS)
+            (BASELINE["BY"], "BY", row["position"], NO_LAYERS)
             if row["host"] == "BY"
             else ("",)  # the clean run beside runs of BY has no share
             if by_runs
-            else ("bb", "XY", row["position"], row["layers"])
+            else (BASELINE["XY"], "XY", row["position"], row["layers"])
             for row in self._rows
         ]
 
@@ -306,10 +304,6 @@ def _are_contrasted(subject: Mapping[str, Any], control: Mapping[str, Any]) -> b
     if pair == (STEER, STEER):
         leaves_x_out = subject["alpha"] != 0 and control["alpha"] == 0
         return at_one_site and leaves_x_out and bool(subject["beta"] == control["beta"])
-    if pair[0] == pair[1]:
-        return False
     if subject["host"] == "BY":
-        return bool(pair[1] == HOST)
-    if pair[0] == STEER:
-        return at_one_site and bool(pair[1] == "bb")
-    return at_one_site and bool(pair[0] == "additive" and pair[1] not in (CLEAN, ROUNDED))
+        return bool(pair[0] != pair[1] == BASELINE["BY"])
+    return at_one_site and pair[1] in CONTROLS.get(pair[0], ())

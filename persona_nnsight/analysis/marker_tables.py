@@ -12,6 +12,7 @@ import pandas as pd
 from persona_nnsight.analysis.columns import CELL, FACTORS, cells_of, wide_by_edit
 from persona_nnsight.analysis.resampling import Crossed, Floats
 from persona_nnsight.analysis.verdicts import interval, simultaneous, verdicts
+from persona_nnsight.method.conditions import MARKER_CONTROLS
 from persona_nnsight.method.marker_words import distinct_markers
 from persona_nnsight.method.sites import NO_LAYERS
 
@@ -94,15 +95,6 @@ def _varying(values: pd.DataFrame) -> Floats:
     return np.where(values.nunique().to_numpy() > 1, values.to_numpy(dtype=float), np.nan)
 
 
-#: Which conditions of `markers` are set against each other.
-_MARKER_CONTRASTS = (
-    ("additive", "clean"),
-    ("remove_x", "clean"),
-    ("remove_x", "additive"),
-    ("bare", "clean"),
-)
-
-
 def marker_contrasts(table: pd.DataFrame) -> pd.DataFrame:
     """The difference that an edit makes to the markers, paired by cell.
 
@@ -115,7 +107,7 @@ def marker_contrasts(table: pd.DataFrame) -> pd.DataFrame:
     rows, differences = [], []
     for i, subject in edits.iterrows():
         for j, control in edits.iterrows():
-            if (subject["condition"], control["condition"]) not in _MARKER_CONTRASTS:
+            if control["condition"] not in MARKER_CONTROLS.get(subject["condition"], ()):
                 continue
             if control["layers"] not in (NO_LAYERS, subject["layers"]):
                 continue

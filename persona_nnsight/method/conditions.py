@@ -42,6 +42,25 @@ MARKER_CONDITIONS = {
 #: The condition of `steer`: h_BB + α·Δ_X + β·Δ_Y.
 STEER = "steer"
 
+#: Conditions that show what rounding costs; nothing is set against them.
+FLOORS = ("clean", ROUNDED)
+
+#: By host, the condition that shares and margins are of.
+BASELINE = {"XY": "bb", "BY": HOST}
+
+#: What the conditions of XY are set against at their site. In BY all are set against its baseline.
+CONTROLS = {
+    "additive": tuple(name for name in SUBSTITUTE_CONDITIONS if name not in ("additive", *FLOORS)),
+    STEER: (BASELINE["XY"],),
+}
+
+#: What the conditions of `markers` are set against.
+MARKER_CONTROLS = {
+    "additive": ("clean",),
+    "remove_x": ("clean", "additive"),
+    BARE: ("clean",),
+}
+
 #: Prompts whose residuals the formulas read; OB is the prompt of the other persona X' (`other_x`).
 RESIDUAL_KEYS = ("BB", "XB", "BY", "XY")
 DONOR_KEY = "OB"
