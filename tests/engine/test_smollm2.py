@@ -141,7 +141,7 @@ def test_the_committed_example_is_what_the_program_makes(short_run: EditResult) 
     committed = read_table(example / "table1" / "kl.csv").set_index(cell)["kl"]
     now = short_run.frame().set_index(cell)["kl"]
     both = committed.index.intersection(now.index)
-    assert len(both) == 12 * 3 * 3 * 5  # additive, bb and other_x at three positions
+    assert len(both) == 12 * 4 * 3 * 5  # additive, bb, other_x and clean at three positions
     assert now[both].to_numpy() == pytest.approx(committed[both].to_numpy(), abs=PROMISED_KL)
     assert list(example.rglob("*.safetensors")) == []
 
