@@ -145,7 +145,7 @@ def _ask(model_id: str, revision: str | None) -> ModelInfo:
     from huggingface_hub import HfApi, errors
 
     def ask() -> ModelInfo:
-        # Its own timeout, which not everything heeds, is the longer one: only one of the two speaks.
+        # Its own timeout is the longer one, so that one alone of the two speaks.
         return HfApi().model_info(
             model_id, revision=revision, timeout=2 * DEADLINE, files_metadata=True
         )
