@@ -62,7 +62,7 @@ def test_it_works_alone(wheel: Path, tmp_path: Path, tiny_dir: Callable[..., Pat
     model = str(tiny_dir("llama"))
     persona("inject", "-m", model, "--personas", "yoda", "--layers", "2", "--out", "run")
     table = pd.read_csv(tmp_path / "run" / "kl.csv")
-    assert len(table) == 3 * 3
+    assert len(table) == 4 * 3  # host, oracle, cached, clean
     assert table["kl"].notna().all()
     persona("report", "run")
     assert "</html>" in (tmp_path / "run" / "report.html").read_text(encoding="utf-8")
