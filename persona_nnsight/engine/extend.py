@@ -79,17 +79,18 @@ def extend(chunk: Chunk, decoded: Decoded, key: str) -> HostRun:
     is_clean = key == "XY"
     kept = plan.reference_tokens if is_clean and plan.is_scored else 0
     where = {name: chunk.token_offsets(prompts, name) for name in plan.positions if is_clean}
-    norm_first = chunk.tree.input_norm is None  # then a site is read where the layer below ends
+    # A site is read at the norm within its layer; without one, where the layer below ends.
+    reads_below = chunk.tree.input_norm is None
     with lm.trace(**inputs, logits_to_keep=last_tokens(fed, kept)):
         residuals = nnsight.save({})
         sites = nnsight.save(Sites({}, {}))
         for layer in sorted({*entries, *(plan.layers if is_clean else ())}):
             asked = is_clean and layer in plan.layers
-            if asked and norm_first:
+            if asked and reads_below:
                 read_layer(chunk, sites, layer, where)
             if layer in entries:
                 residuals[layer] = layers[layer].input.clone()
-            if asked and not norm_first:
+            if asked and not reads_below:
                 read_layer(chunk, sites, layer, where)
         clean = nnsight.save(Clean.of(lm.output.logits))
         cache = nnsight.save(lm.output.past_key_values)

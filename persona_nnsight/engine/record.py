@@ -34,22 +34,18 @@ class Record:
         geometry: measures of `decompose` and ``inter_over_xy_normed``, the same ratio after the
             layer's input norm (left out in architectures without one), each float32
             [cells, positions, layers]; NaN where a continuation ended before the position.
-        continuations: XY's greedy tokens, int [cells, reference_tokens].
-        lengths: how many of them there are before the text ends, int [cells].
-        margins: by how much the logit of each of these tokens is above the next one's, float32
-            [cells, reference_tokens]; 0 where they are equal.
+        decoded: the continuation that they follow.
     """
 
     residuals: dict[str, Tensor]
     geometry: dict[str, Tensor]
-    continuations: Tensor
-    lengths: Tensor
-    margins: Tensor
+    decoded: Decoded
 
     def reaches(self, plan: Plan) -> Tensor:
         """Whether each continuation is long enough for each position, bool [cells, positions]."""
         needed = [generated_index(name) for name in plan.positions]
-        return self.lengths[:, None] >= torch.tensor(needed, device=self.lengths.device)
+        lengths = self.decoded.lengths
+        return lengths[:, None] >= torch.tensor(needed, device=lengths.device)
 
 
 def record(chunk: Chunk, decoded: Decoded, xy: Sites) -> Record:
@@ -70,13 +66,7 @@ def record(chunk: Chunk, decoded: Decoded, xy: Sites) -> Record:
     if plan.given_x is not None:
         given = torch.tensor([plan.given_x[cell.persona] for cell in chunk.cells])
         residuals["XB"] = residuals["BB"] + given.to(chunk.device)
-    recorded = Record(
-        residuals=residuals,
-        geometry=geometry,
-        continuations=decoded.continuations,
-        lengths=decoded.lengths,
-        margins=decoded.margins,
-    )
+    recorded = Record(residuals=residuals, geometry=geometry, decoded=decoded)
     _check_finite(chunk, recorded)
     return recorded
 
@@ -170,6 +160,7 @@ def _check_finite(chunk: Chunk, recorded: Record) -> None:
             cell, position, layer = bad[0].tolist()
             at = plan.layers[layer], plan.positions[position]
             raise geometry_not_finite(chunk, name, cell, *at)
-    for cell, length in enumerate(recorded.lengths.tolist()):
-        if recorded.margins[cell, :length].isnan().any():
-            raise output_not_finite(chunk, "XY", cell, recorded.continuations[cell])
+    decoded = recorded.decoded
+    for cell, length in enumerate(decoded.lengths.tolist()):
+        if decoded.margins[cell, :length].isnan().any():
+            raise output_not_finite(chunk, "XY", cell, decoded.continuations[cell])

@@ -41,7 +41,7 @@ class ResidualWrites(Act):
         self, chunk: Chunk, recorded: Record, row: tuple[int, Write], prompt: int
     ) -> dict[tuple[int, int], Change]:
         """See `Act`. A site that XY's own text ends before has no residuals, and is not written."""
-        length = int(recorded.lengths[row[0]])
+        length = int(recorded.decoded.lengths[row[0]])
         # By step: where in the fed tokens each site is.
         steps: dict[int, dict[str, Tensor]] = {}
         for name in row[1].positions:

@@ -10,7 +10,7 @@ import torch
 
 from persona_nnsight.engine.attention import grouped_attention
 from persona_nnsight.engine.chunk import Chunk
-from persona_nnsight.engine.decode import Decoded, decode
+from persona_nnsight.engine.decode import decode
 from persona_nnsight.engine.extend import HostRun, check_clean, extend
 from persona_nnsight.engine.memory import in_batches
 from persona_nnsight.engine.prefill import prefill
@@ -60,7 +60,7 @@ def run(
         recorded = record(chunk, decoded, hosts["XY"].sites)
         if (clean := hosts["XY"].clean) is not None:
             check_clean(chunk, decoded, clean)
-        return _Prepared(chunk, decoded, recorded, hosts if scored else {})
+        return _Prepared(chunk, recorded, hosts if scored else {})
 
     with grouped_attention(lm):
         chunks = in_batches(
@@ -69,8 +69,8 @@ def run(
         for numbers, ready in chunks:
             yield Recorded(
                 cells=tuple(numbers),
-                continuations=ready.decoded.token_ids(),
-                margins=ready.decoded.token_margins(),
+                continuations=ready.recorded.decoded.token_ids(),
+                margins=ready.recorded.decoded.token_margins(),
                 geometry=public_geometry(ready.chunk, ready.recorded),
                 residuals=public_residuals(ready.chunk, ready.recorded)
                 if plan.keeps_residuals
@@ -86,7 +86,6 @@ class _Prepared:
     """A chunk of cells whose clean runs are done."""
 
     chunk: Chunk
-    decoded: Decoded
     recorded: Record
     hosts: dict[str, HostRun]
 

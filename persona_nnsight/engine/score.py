@@ -6,7 +6,6 @@ import math
 from collections.abc import Sequence
 
 import nnsight
-import torch
 
 from persona_nnsight.engine.acts import ACTS
 from persona_nnsight.engine.chunk import Chunk
@@ -16,6 +15,7 @@ from persona_nnsight.engine.inputs import forward_inputs, last_tokens
 from persona_nnsight.engine.record import Record
 from persona_nnsight.method.kl import window_kl
 from persona_nnsight.method.sites import generated_index
+from persona_nnsight.models.module_tree import has_few_bits
 from persona_nnsight.plan.plan import Edit
 
 
@@ -60,7 +60,7 @@ def score(
     changes = ACTS[shared.kind].forced(chunk, recorded, rows, prompts, range(start, end))
     if entry in changes:
         changes.pop(entry)(feed)
-    n_tokens = (recorded.lengths[cells] - k).clamp(0, plan.window)
+    n_tokens = (recorded.decoded.lengths[cells] - k).clamp(0, plan.window)
     before = host.kv.select(
         every, length=host.opening + start, first_layer=entry, room=chunk.room(end - start)
     )
@@ -88,11 +88,10 @@ def score(
     results = list(zip(kl.tolist(), n_tokens.tolist(), strict=True))
     for (cell, index), (value, count) in zip(batch, results, strict=True):
         if count and not math.isfinite(value):
-            raise edited_not_finite(chunk, cell, index, recorded.continuations[cell])
+            raise edited_not_finite(chunk, cell, index, recorded.decoded.continuations[cell])
     return results
 
 
 def has_own_reference(chunk: Chunk, edit: Edit) -> bool:
     """Whether a batch of such edits holds the unedited rows that its KLs are taken from."""
-    is_low = chunk.dtype.itemsize < torch.float32.itemsize
-    return is_low and edit.host == "XY" and not edit.is_unedited
+    return has_few_bits(chunk.dtype) and edit.host == "XY" and not edit.is_unedited

@@ -16,6 +16,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from persona_nnsight.models.module_tree import has_few_bits
+
 #: Rows of the output embedding that are in float32 at a time.
 _BLOCK = 1 << 14
 #: From this version on CUDA's products can be of more bits than their factors.
@@ -29,7 +31,11 @@ def wide_logits(lm: Any) -> Iterator[None]:
     A model in float32 is left as it is, and so is one whose weights are elsewhere.
     """
     head = lm._module.get_output_embeddings()
-    if not isinstance(head, nn.Linear) or head.weight.is_meta or head.weight.dtype.itemsize >= 4:
+    if (
+        not isinstance(head, nn.Linear)
+        or head.weight.is_meta
+        or not has_few_bits(head.weight.dtype)
+    ):
         yield
         return
     own: Any = head

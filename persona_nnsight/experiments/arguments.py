@@ -2,13 +2,11 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Iterable
 from dataclasses import dataclass, field
 from typing import Any
 
 from persona_nnsight.analysis.columns import MARGIN
-from persona_nnsight.errors import PersonaError
 
 #: A site expression, such as ``4-12`` or ``25%,40%``, or the numbers or names themselves.
 Layers = str | int | Iterable[int]
@@ -85,21 +83,6 @@ def margin_argument() -> Any:
         MARGIN,
         "Differences of KL up to this share of bb's KL (of the host's) count as none.",
     )
-
-
-def checked_margin(margin: float) -> float:
-    """The margin itself.
-
-    Raises:
-        PersonaError: no number of 0 or more.
-    """
-    known = isinstance(margin, int | float) and not isinstance(margin, bool)
-    if not known or not math.isfinite(margin) or margin < 0:
-        raise PersonaError(
-            f"A margin of {margin!r} is no share of a KL; use 0 (no difference is too small to "
-            "matter) or more, such as 0.1 for 10 %."
-        )
-    return float(margin)
 
 
 def generate_argument() -> Any:

@@ -7,28 +7,24 @@ from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
-from persona_nnsight.analysis.columns import KL_FILES
 from persona_nnsight.experiments.arguments import (
     Layers,
     argument,
-    checked_margin,
     generate_argument,
     margin_argument,
     window_argument,
 )
-from persona_nnsight.experiments.experiment import Experiment
 from persona_nnsight.experiments.function import function_of
-from persona_nnsight.experiments.setup import checked, clean_text, floors, sites_of
+from persona_nnsight.experiments.kl_experiment import KlExperiment
+from persona_nnsight.experiments.setup import floors, sites_of
 from persona_nnsight.method.conditions import HOST, INJECT_CONDITIONS
 from persona_nnsight.method.sites import DEFAULT_LAYERS, parse_layer_sets
-from persona_nnsight.plan.building import build_plan
 from persona_nnsight.plan.interventions import Unedited, Write
 from persona_nnsight.plan.plan import Edit
 
 if TYPE_CHECKING:
     import pandas as pd
 
-    from persona_nnsight.experiments.results import EditResult
     from persona_nnsight.models.loading import Model
     from persona_nnsight.pages.blocks import Section
     from persona_nnsight.pages.stored_run import Run
@@ -37,7 +33,7 @@ if TYPE_CHECKING:
 
 
 @dataclass(frozen=True, kw_only=True)
-class Inject(Experiment["EditResult"]):
+class Inject(KlExperiment):
     """Write the persona's residual into the prompt without the persona, at its last token.
 
     The host is BY. All layers of a set are written in one run, each with its own vector; every run
@@ -53,7 +49,6 @@ class Inject(Experiment["EditResult"]):
 
     name = "inject"
     title = "Injection"
-    files = KL_FILES
 
     layers: Layers = argument(
         DEFAULT_LAYERS,
@@ -68,7 +63,7 @@ class Inject(Experiment["EditResult"]):
 
     def plan(self, model: Model, grid: Grid) -> Plan:
         """What will be done; see `Experiment`."""
-        checked_margin(self.margin)
+        self.check_margin()
         sets = list(parse_layer_sets(self.layers, model.tree.n_layers))
         every = sorted({layer for chosen in sets for layer in chosen})
         if self.each:
@@ -81,24 +76,7 @@ class Inject(Experiment["EditResult"]):
             for chosen in sets
         ]
         edits += floors(model, "BY", ("p_last",), tuple(every))
-        if self.generate:
-            edits.append(clean_text(self.generate))
-        plan = build_plan(
-            self.name,
-            model.tokenizer,
-            grid,
-            **sites_of(model, every, "p_last"),
-            window=self.window,
-            edits=edits,
-        )
-        return checked(plan, model)
-
-    @staticmethod
-    def result_type() -> type[EditResult]:
-        """KLs."""
-        from persona_nnsight.experiments.results import EditResult
-
-        return EditResult
+        return self.planned(model, grid, sites_of(model, every, "p_last"), edits)
 
     @staticmethod
     def sentences(tables: Mapping[str, pd.DataFrame]) -> Iterable[str]:

@@ -9,33 +9,29 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from persona_nnsight.analysis.columns import KL_FILES
 from persona_nnsight.errors import PersonaError
 from persona_nnsight.experiments.arguments import (
     STEERING,
     Layers,
     Positions,
     argument,
-    checked_margin,
     generate_argument,
     layers_argument,
     margin_argument,
     positions_argument,
     window_argument,
 )
-from persona_nnsight.experiments.experiment import Experiment
 from persona_nnsight.experiments.function import function_of
-from persona_nnsight.experiments.setup import checked, clean_text, floors, sites_of
+from persona_nnsight.experiments.kl_experiment import KlExperiment
+from persona_nnsight.experiments.setup import floors, sites_of
 from persona_nnsight.method.conditions import HOST, STEER
 from persona_nnsight.method.sites import EDITED_DEPTH
-from persona_nnsight.plan.building import build_plan
 from persona_nnsight.plan.interventions import Unedited, Write
 from persona_nnsight.plan.plan import Edit
 
 if TYPE_CHECKING:
     import pandas as pd
 
-    from persona_nnsight.experiments.results import EditResult
     from persona_nnsight.models.loading import Model
     from persona_nnsight.pages.blocks import Section
     from persona_nnsight.pages.stored_run import Run
@@ -53,7 +49,7 @@ _MOST = 200
 
 
 @dataclass(frozen=True, kw_only=True)
-class Steer(Experiment["EditResult"]):
+class Steer(KlExperiment):
     """Write h_BB + α·Δ_X + β·Δ_Y and measure KL and text against α and β.
 
     All of `layers` and `positions` are written in one run, each site with its own vector; the KL
@@ -73,7 +69,6 @@ class Steer(Experiment["EditResult"]):
 
     name = "steer"
     title = "Steering"
-    files = KL_FILES
 
     layers: Layers = layers_argument(EDITED_DEPTH)
     positions: Positions = positions_argument("p_last")
@@ -104,7 +99,7 @@ class Steer(Experiment["EditResult"]):
 
     def plan(self, model: Model, grid: Grid) -> Plan:
         """What will be done; see `Experiment`."""
-        checked_margin(self.margin)
+        self.check_margin()
         if self.host not in HOSTS:
             raise PersonaError(
                 f"Host {self.host!r} does not exist; use xy (the prompt with its persona) or by "
@@ -134,25 +129,7 @@ class Steer(Experiment["EditResult"]):
         ]
         beside = floors(model, self.host.upper(), at, together)
         edits = [Edit(control, **common), *steered, *beside]
-        if self.generate:
-            edits.append(clean_text(self.generate))
-        plan = build_plan(
-            self.name,
-            model.tokenizer,
-            grid,
-            **sites,
-            window=self.window,
-            edits=edits,
-            given_x=given,
-        )
-        return checked(plan, model)
-
-    @staticmethod
-    def result_type() -> type[EditResult]:
-        """KLs."""
-        from persona_nnsight.experiments.results import EditResult
-
-        return EditResult
+        return self.planned(model, grid, sites, edits, given_x=given)
 
     @staticmethod
     def sentences(tables: Mapping[str, pd.DataFrame]) -> Iterable[str]:

@@ -6,32 +6,28 @@ from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
-from persona_nnsight.analysis.columns import KL_FILES
 from persona_nnsight.errors import PersonaError
 from persona_nnsight.experiments.arguments import (
     Layers,
     Positions,
     argument,
-    checked_margin,
     generate_argument,
     layers_argument,
     margin_argument,
     positions_argument,
     window_argument,
 )
-from persona_nnsight.experiments.experiment import Experiment
 from persona_nnsight.experiments.function import function_of
-from persona_nnsight.experiments.setup import checked, clean_text, sites_of
+from persona_nnsight.experiments.kl_experiment import KlExperiment
+from persona_nnsight.experiments.setup import sites_of
 from persona_nnsight.method.conditions import ROUNDED, SUBSTITUTE_CONDITIONS
 from persona_nnsight.method.sites import DEFAULT_LAYERS, DEFAULT_POSITIONS
-from persona_nnsight.plan.building import build_plan
 from persona_nnsight.plan.interventions import Write
 from persona_nnsight.plan.plan import Edit
 
 if TYPE_CHECKING:
     import pandas as pd
 
-    from persona_nnsight.experiments.results import EditResult
     from persona_nnsight.models.loading import Model
     from persona_nnsight.pages.blocks import Section
     from persona_nnsight.pages.stored_run import Run
@@ -45,7 +41,7 @@ _CONTROLS = {"by": "leaving the persona out (by)", "other_x": "another persona's
 
 
 @dataclass(frozen=True, kw_only=True)
-class Substitute(Experiment["EditResult"]):
+class Substitute(KlExperiment):
     """Overwrite one residual of the XY run, one site at a time, and measure what changes.
 
     KL is Σ over the `window` tokens after the site of KL(clean ‖ patched), in nats.
@@ -64,7 +60,6 @@ class Substitute(Experiment["EditResult"]):
 
     name = "substitute"
     title = "Substitution"
-    files = KL_FILES
 
     layers: Layers = layers_argument(DEFAULT_LAYERS)
     positions: Positions = positions_argument(DEFAULT_POSITIONS)
@@ -81,7 +76,7 @@ class Substitute(Experiment["EditResult"]):
 
     def plan(self, model: Model, grid: Grid) -> Plan:
         """What will be done; see `Experiment`."""
-        checked_margin(self.margin)
+        self.check_margin()
         sites = sites_of(model, self.layers, self.positions)
         edits = [
             Edit(
@@ -92,25 +87,7 @@ class Substitute(Experiment["EditResult"]):
             for position in sites["positions"]
             for layer in sites["layers"]
         ]
-        if self.generate:
-            edits.append(clean_text(self.generate))
-        plan = build_plan(
-            self.name,
-            model.tokenizer,
-            grid,
-            **sites,
-            window=self.window,
-            edits=edits,
-            seed=self.seed,
-        )
-        return checked(plan, model)
-
-    @staticmethod
-    def result_type() -> type[EditResult]:
-        """KLs."""
-        from persona_nnsight.experiments.results import EditResult
-
-        return EditResult
+        return self.planned(model, grid, sites, edits, seed=self.seed)
 
     @staticmethod
     def sentences(tables: Mapping[str, pd.DataFrame]) -> Iterable[str]:

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from persona_nnsight.errors import PersonaError, first_line
-from persona_nnsight.models.module_tree import ModuleTree, find_tree
+from persona_nnsight.models.module_tree import ModuleTree, find_tree, has_few_bits
 from persona_nnsight.models.weights.embedded import ALIAS
 from persona_nnsight.models.weights.model_files import code_references, has_vocabulary
 from persona_nnsight.models.weights.resolve import Weights, resolve
@@ -62,7 +62,7 @@ class Model:
     @property
     def rounds(self) -> bool:
         """Whether the dtype has fewer bits than float32, so that its rounding shows in KLs."""
-        return self.dtype.itemsize < torch.float32.itemsize
+        return has_few_bits(self.dtype)
 
 
 def load_model(

@@ -102,3 +102,8 @@ def find_tree(model: PreTrainedModel, dtype: torch.dtype) -> ModuleTree:
         max_length=getattr(config, "max_position_embeddings", None) or sys.maxsize,
         window=min(windows, default=sys.maxsize),
     )
+
+
+def has_few_bits(dtype: torch.dtype) -> bool:
+    """Whether a model's dtype has fewer bits than float32, so that its rounding shows in KLs."""
+    return dtype.itemsize < torch.float32.itemsize

@@ -18,6 +18,7 @@ from persona_nnsight.experiments.capture import Capture
 from persona_nnsight.experiments.execution import Interrupted, execute, execute_together
 from persona_nnsight.experiments.inject import Inject
 from persona_nnsight.experiments.markers import Markers
+from persona_nnsight.experiments.results import Result
 from persona_nnsight.experiments.steer import Steer
 from persona_nnsight.experiments.substitute import Substitute
 from persona_nnsight.plan.costs import Limits
@@ -43,6 +44,18 @@ def studies(model: Model) -> list[tuple[Grid, Plan]]:
     ]
 
 
+def assert_same_result(joined: Result, alone: Result) -> None:
+    assert joined.continuations == alone.continuations
+    assert joined.texts == alone.texts
+    assert set(joined.tables) == set(alone.tables)
+    for name, table in joined.tables.items():
+        assert_same_table(table, alone.tables[name], KL64)
+    if isinstance(alone, CaptureResult):
+        assert isinstance(joined, CaptureResult)
+        for key, value in alone.residuals.items():
+            assert_close(joined.residuals[key], value)
+
+
 @pytest.mark.parametrize("limits", [Limits(cells=100, rows=100), Limits(cells=1, rows=3)])
 def test_together_as_alone(tiny64: Tiny, limits: Limits, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(LocalBackend, "limits", lambda self, plan: limits)
@@ -52,15 +65,7 @@ def test_together_as_alone(tiny64: Tiny, limits: Limits, monkeypatch: pytest.Mon
     for (grid, plan), joined in zip(both, together, strict=True):
         alone = execute(model, study_of(grid, plan))
         assert joined.plan == plan
-        assert joined.continuations == alone.continuations
-        assert joined.texts == alone.texts
-        assert set(joined.tables) == set(alone.tables)
-        for name, table in joined.tables.items():
-            assert_same_table(table, alone.tables[name], KL64)
-        if isinstance(alone, CaptureResult):
-            assert isinstance(joined, CaptureResult)
-            for key, value in alone.residuals.items():
-                assert_close(joined.residuals[key], value)
+        assert_same_result(joined, alone)
 
 
 def test_what_is_shared_is_computed_once(tiny64: Tiny) -> None:
@@ -124,18 +129,10 @@ def test_each_keeps_the_continuation_it_asked_for(
     together = execute_together(model, [study_of(ONE, plan) for plan in plans])
     for plan, joined in zip(plans, together, strict=True):
         alone = execute(model, study_of(ONE, plan))
-        assert joined.continuations == alone.continuations
         if not eos_early:
             assert len(joined.continuations[0]) == plan.reference_tokens
         assert joined.margins == pytest.approx(alone.margins, abs=KL64)
-        assert joined.texts == alone.texts
-        assert set(joined.tables) == set(alone.tables)
-        for name, table in joined.tables.items():
-            assert_same_table(table, alone.tables[name], KL64)
-        if isinstance(alone, CaptureResult):
-            assert isinstance(joined, CaptureResult)
-            for key, value in alone.residuals.items():
-                assert_close(joined.residuals[key], value)
+        assert_same_result(joined, alone)
 
 
 def test_plans_that_cannot_share_a_run(tiny64: Tiny) -> None:

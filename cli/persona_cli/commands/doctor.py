@@ -109,9 +109,10 @@ def _this_machine() -> list[Finding]:
 def _dtype_here() -> Finding:
     """What a run computes in where nothing is asked for, and what that costs."""
     from persona_nnsight.models.loading import default_placement
+    from persona_nnsight.models.module_tree import has_few_bits
 
     device, dtype = default_placement()
-    rounds = dtype.itemsize < 4
+    rounds = has_few_bits(dtype)
     cost = (
         "rounding shows in KLs (condition rounded); --dtype float32 takes twice the memory"
         if rounds
