@@ -203,6 +203,7 @@ class CaptureResult(Result):
             base=h("BB", 0),
             delta_x={key: h("XB", row) - h("BB", row) for key, row in x_row.items()},
             delta_y={key: h("BY", row) - h("BB", row) for key, row in y_row.items()},
+            date=plan.rendering.date,
         )
 
     def write_files(self, directory: Path) -> None:

@@ -11,6 +11,7 @@ from persona_nnsight.method.conditions import DONOR_KEY, RESIDUAL_KEYS, TASK_KEY
 from persona_nnsight.plan.plan import CellPlan, Edit, Given, Plan
 from persona_nnsight.prompts.encoding import encode_prompt
 from persona_nnsight.prompts.prompt import Prompt
+from persona_nnsight.prompts.rendering import UNDATED, Rendering
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -31,6 +32,7 @@ def build_plan(
     seed: int = 0,
     eos_ids: tuple[int, ...] = (),
     given_x: dict[str, Given] | None = None,
+    rendering: Rendering = UNDATED,
 ) -> Plan:
     """Encode a grid's prompts and lay out its cells.
 
@@ -49,7 +51,7 @@ def build_plan(
     def index(text: str) -> int:
         if text not in prompts:
             prompts[text] = len(encoded)
-            encoded.append(encode_prompt(tokenizer, text))
+            encoded.append(encode_prompt(tokenizer, text, rendering))
         return prompts[text]
 
     wanted = {*RESIDUAL_KEYS, *(key for edit in edits for key in edit.prompts)}
@@ -81,6 +83,7 @@ def build_plan(
         pad_id=pad_id if isinstance(pad_id, int) else 0,
         seed=seed,
         given_x=given_x,
+        rendering=rendering,
     )
     shortest = min(plan.prompts, key=lambda prompt: len(prompt.ids))
     if len(shortest.ids) <= plan.tail:

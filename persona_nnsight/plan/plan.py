@@ -15,6 +15,7 @@ from persona_nnsight.method.conditions import TASK_KEY
 from persona_nnsight.method.sites import generated_index
 from persona_nnsight.plan.interventions import Intervention
 from persona_nnsight.prompts.prompt import Prompt, user_last
+from persona_nnsight.prompts.rendering import UNDATED, Rendering
 
 #: Residuals at every site as plain numbers: [positions][layers][d_model].
 Given = tuple[tuple[tuple[float, ...], ...], ...]
@@ -102,6 +103,7 @@ class Plan:
         given_x: Δ_X to use in place of the run's own, by persona: [positions][layers][d_model].
         continuation: length of the clean continuation, at least `last_generated` + 1 and as much
             as the windows of the edits reach; None for the window of the last position.
+        rendering: how the prompts were rendered.
     """
 
     command: str
@@ -117,6 +119,7 @@ class Plan:
     seed: int
     given_x: dict[str, Given] | None = None
     continuation: int | None = None
+    rendering: Rendering = UNDATED
 
     @property
     def last_generated(self) -> int:
