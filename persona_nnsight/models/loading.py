@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import re
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
 
 from persona_nnsight.errors import PersonaError, first_line
+from persona_nnsight.models.left_behind import LeftBehind
 from persona_nnsight.models.module_tree import ModuleTree, find_tree, has_few_bits
 from persona_nnsight.models.weights.embedded import ALIAS
 from persona_nnsight.models.weights.model_files import code_references, has_vocabulary
@@ -42,6 +43,7 @@ class Model:
         device: ``cpu``, ``cuda:0``, ``mps``, … or ``balanced`` over several GPUs.
         attention: the attention implementation in use, such as ``sdpa``.
         eos_ids: tokens that end a continuation.
+        architecture: transformers' ``config.model_type``, such as ``llama``.
         n_parameters: number of weights.
         has_weights: False for a skeleton that only plans.
         trust_remote_code: whether code that comes with the checkpoint was allowed to run.
@@ -55,9 +57,15 @@ class Model:
     device: str
     attention: str
     eos_ids: tuple[int, ...]
+    architecture: str
     n_parameters: int
     has_weights: bool
     trust_remote_code: bool = False
+
+    def without_weights(self) -> Model:
+        """What it is, for a result that is pickled: without weights and tokenizer."""
+        behind: Any = LeftBehind()
+        return replace(self, lm=behind, tokenizer=behind, has_weights=False)
 
     @property
     def rounds(self) -> bool:
@@ -130,6 +138,7 @@ def load_model(
         device=placement,
         attention=str(module.config._attn_implementation),
         eos_ids=_eos_ids(module.generation_config, module.config, tokenizer),
+        architecture=str(module.config.model_type),
         n_parameters=sum(parameter.numel() for parameter in module.parameters()),
         has_weights=weights,
         trust_remote_code=trust_remote_code,

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Iterable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from functools import cached_property
 from pathlib import Path
 from typing import Any
@@ -47,6 +47,11 @@ class Reproduction:
     seconds: dict[str, float]
     complete: bool
     where: dict[str, Any]
+
+    def __getstate__(self) -> dict[str, Any]:
+        """What is pickled: all of it but the model's weights, as of a `Result`."""
+        kept = {field.name: getattr(self, field.name) for field in fields(self)}
+        return {**kept, "model": self.model.without_weights()}
 
     def table(self, name: str) -> pd.DataFrame:
         """Ours beside the published (`persona_nnsight.reproduction.comparison.comparison`)."""
@@ -133,6 +138,9 @@ class ReproductionInterrupted(KeyboardInterrupt):
     def __init__(self, reproduction: Reproduction) -> None:
         super().__init__()
         self.reproduction = reproduction
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return type(self), (self.reproduction,)
 
 
 def in_passes(tables: Sequence[PaperTable]) -> list[list[PaperTable]]:
