@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Callable
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -12,6 +12,7 @@ import torch
 
 from persona_nnsight.errors import PersonaError, first_line
 from persona_nnsight.models.decoding import GREEDY, decoding_of, generation_settings
+from persona_nnsight.models.left_behind import LeftBehind
 from persona_nnsight.models.module_tree import ModuleTree, find_tree, has_few_bits
 from persona_nnsight.models.paths import AUTO, PATHS
 from persona_nnsight.models.weights.embedded import ALIAS
@@ -44,6 +45,7 @@ class Model:
         device: ``cpu``, ``cuda:0``, ``mps``, … or ``balanced`` over several GPUs.
         attention: the attention implementation in use, such as ``sdpa``.
         eos_ids: tokens that end a continuation.
+        architecture: transformers' ``config.model_type``, such as ``llama``.
         n_parameters: number of weights.
         has_weights: False for a skeleton that only plans.
         trust_remote_code: whether code that comes with the checkpoint was allowed to run.
@@ -60,11 +62,17 @@ class Model:
     device: str
     attention: str
     eos_ids: tuple[int, ...]
+    architecture: str
     n_parameters: int
     has_weights: bool
     trust_remote_code: bool = False
     decoding: dict[str, Any] = field(default_factory=dict)
     path: str = AUTO
+
+    def without_weights(self) -> Model:
+        """What it is, for a result that is pickled: without weights and tokenizer."""
+        behind: Any = LeftBehind()
+        return replace(self, lm=behind, tokenizer=behind, has_weights=False)
 
     @property
     def rounds(self) -> bool:
@@ -150,6 +158,7 @@ def load_model(
         device=placement,
         attention=str(module.config._attn_implementation),
         eos_ids=_eos_ids(module.generation_config, module.config, tokenizer),
+        architecture=str(module.config.model_type),
         n_parameters=sum(parameter.numel() for parameter in module.parameters()),
         has_weights=weights,
         trust_remote_code=trust_remote_code,

@@ -31,9 +31,7 @@ def path_of(model: Model, plan: Substitute = PLAN) -> RunPath:
 
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16", "float16"])
 @pytest.mark.parametrize("family", FAMILIES)
-def test_models_that_bear_it_take_the_fast_path(
-    tiny_dir: TinyDir, family: str, dtype: str
-) -> None:
+def test_models_that_bear_it_take_the_fast_path(tiny_dir: TinyDir, family: str, dtype: str) -> None:
     found = path_of(load_model(str(tiny_dir(family)), dtype=dtype))
     assert (found.name, found.deepest) == ("fast", 4)
     assert found.excess is not None
@@ -135,7 +133,9 @@ def test_what_fails_on_the_fast_path_runs_whole(
     assert found.why == "the fast path fails on this model (unknown name 'shared_layer')"
     with pytest.raises(PersonaError, match=r"fails on this model \(.*'shared_layer'\); use --path"):
         path_of(replace(model, path="fast"))
-    whole = substitute(replace(model, path="whole"), TINY_GRID, layers=(2,), conditions=["additive"])
+    whole = substitute(
+        replace(model, path="whole"), TINY_GRID, layers=(2,), conditions=["additive"]
+    )
     assert whole.continuations == plain.continuations
 
 
@@ -182,4 +182,3 @@ def test_what_is_asked_for_against_the_measurement_is_recorded_with_it(tiny: Tin
     assert path["name"] == "fast"
     assert path["excess"] > 1
     assert path["why"].startswith("asked for, although ")
-

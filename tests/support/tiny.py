@@ -111,6 +111,12 @@ THINKING = (
 )
 """Thinks unless told not to: `enable_thinking=False` adds an empty think block (Qwen3)."""
 
+DATED = (
+    "{% set day = strftime_now('%d %B %Y') if strftime_now is defined else '26 Jul 2024' %}"
+    "{{ '<|im_start|>system\nToday Date: ' + day + '<|im_end|>\n' }}" + CHATML
+)
+"""Writes today's date, as Llama 3.2's does."""
+
 # --------------------------------------------------------------------------------- tokenizer
 
 
