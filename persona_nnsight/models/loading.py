@@ -12,6 +12,7 @@ import torch
 
 from persona_nnsight.errors import PersonaError, first_line
 from persona_nnsight.models.module_tree import ModuleTree, find_tree, has_few_bits
+from persona_nnsight.models.unused_tensors import refuse_unused
 from persona_nnsight.models.weights.embedded import ALIAS
 from persona_nnsight.models.weights.model_files import code_references, has_vocabulary
 from persona_nnsight.models.weights.resolve import Weights, resolve
@@ -271,6 +272,7 @@ def _load_lm(
             f"The weights of {source.spec!r} lack {len(missing)} of the model's tensors "
             f"({missing[0]}, ...); fetch or copy the model again, whole."
         )
+    refuse_unused(source, config, module, report["unexpected_keys"])
     module.eval()
     module.requires_grad_(False)
     return TransformersModel(module, **wrapping, **stay(module))

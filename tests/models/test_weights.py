@@ -331,6 +331,20 @@ def test_pickles_are_not_downloaded(
     assert not any(path.endswith(".bin") for path in fake_hub.requests)
 
 
+def test_an_adapter_is_not_downloaded(
+    fake_hub: type[FakeHub], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(fake_hub, "files", {**FILES, "adapter_config.json": b"{}"})
+    assert "holds an adapter (adapter_config.json), which would not be applied" in refusal("org/m")
+    assert not any("/resolve/" in path for path in fake_hub.requests)
+
+
+def test_an_adapter_in_the_cache() -> None:
+    path = cached_snapshot("org/model")
+    (path / "adapter_model.safetensors").write_bytes(b"an adapter")
+    assert "'org/model' holds an adapter (adapter_model.safetensors)" in refusal("org/model")
+
+
 def test_code_comes_with_a_model(fake_hub: type[FakeHub], monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(fake_hub, "files", {**FILES, "modeling_m.py": b"raise SystemExit"})
     assert "modeling_m.py" in names_in(resolve("org/m", weights=False).path)
