@@ -523,6 +523,19 @@ def test_conversion_leaves_transformers_as_it_was(tmp_path: Path) -> None:
     assert state() == before
 
 
+def test_an_older_conversion_is_made_again(tmp_path: Path) -> None:
+    """It may have passed over what the file says of its positions."""
+    path = write_gguf(tmp_path / "tiny.gguf")
+    marker = Path(resolve(str(path)).path) / gguf_convert.MARKER
+    old = {key: value for key, value in json.loads(marker.read_text()).items() if key != "method"}
+    marker.write_text(json.dumps(old))
+    assert "has not been converted" in refusal(str(path), fetch=False)
+    steps: list[str] = []
+    resolve(str(path), notify=steps.append)
+    assert [step.split()[0] for step in steps] == ["reading", "converting"]
+    assert json.loads(marker.read_text()) == {**old, "method": gguf_convert._METHOD}
+
+
 def test_threads_convert_once(tmp_path: Path) -> None:
     path, steps = write_gguf(tmp_path / "tiny.gguf"), list[str]()
     with ThreadPoolExecutor(2) as pool:

@@ -155,7 +155,7 @@ def _from_gguf(spec: str, path: Path, *, fetch: bool, notify: Callable[[str], No
         raise PersonaError(f"{spec!r} is a file but {kind}; a model is {FORMS}.")
     record = {"id": path.name, "source": path.name, "gguf_sha256": digest}
     target = _models_dir() / f"gguf-{digest[:12]}"
-    if not fetch and not gguf_convert.read_marker(target):
+    if not fetch and not gguf_convert.is_converted(target):
         raise PersonaError(
             f"{spec!r} has not been converted on this machine; run `persona models pull {spec}`."
         )
