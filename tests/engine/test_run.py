@@ -10,7 +10,7 @@ import pytest
 from cells import TINY_GRID, cell_prompts, decode, lookup, reference_of
 from reference import Reference, decomposition, generated_index, kl, vector
 from rounding import KL32, KL64, assert_close, assert_same_table
-from tiny import FAMILIES, Tiny
+from tiny import EARLY_EOS_IDS, FAMILIES, Tiny
 
 from persona_nnsight import Grid, capture, inject, substitute
 from persona_nnsight.backends.local import LocalBackend
@@ -251,7 +251,7 @@ def test_a_cell_does_not_depend_on_its_neighbours(
 @pytest.mark.parametrize("family", ["llama", "qwen2", "phi3"])
 def test_a_continuation_that_ends_early_shortens_the_window(tiny64: Tiny, family: str) -> None:
     model = tiny64(family, eos_early=True)
-    reference = reference_of(model)
+    reference = reference_of(model, EARLY_EOS_IDS)
     result = substitute(
         model,
         TINY_GRID,

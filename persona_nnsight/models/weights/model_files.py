@@ -15,7 +15,7 @@ import json
 from collections.abc import Iterable
 from pathlib import Path, PurePosixPath
 
-CONFIG = "config.json"
+CONFIG, GENERATION_CONFIG = "config.json", "generation_config.json"
 
 WHOLE_OR_INDEX = ("model.safetensors", "model.safetensors.index.json")
 """The names transformers looks for, in the order it tries them."""
@@ -111,7 +111,7 @@ def unreadable(directory: Path) -> str | None:
 
     transformers passes over a damaged generation_config.json, and with it the end tokens.
     """
-    for name in (CONFIG, "generation_config.json"):
+    for name in (CONFIG, GENERATION_CONFIG):
         try:
             if not isinstance(json.loads((directory / name).read_text("utf-8")), dict):
                 return name
