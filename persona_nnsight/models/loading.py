@@ -11,12 +11,19 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from persona_nnsight.errors import PersonaError, first_line
-from persona_nnsight.models.decoding import GREEDY, decoding_of, generation_settings
+from persona_nnsight.models.decoding import GREEDY, decoding_of
+from persona_nnsight.models.end_tokens import end_tokens
 from persona_nnsight.models.left_behind import LeftBehind
 from persona_nnsight.models.module_tree import ModuleTree, find_tree, has_few_bits
 from persona_nnsight.models.paths import AUTO, PATHS
+from persona_nnsight.models.unused_tensors import refuse_unused
 from persona_nnsight.models.weights.embedded import ALIAS
-from persona_nnsight.models.weights.model_files import code_references, has_vocabulary
+from persona_nnsight.models.weights.model_files import (
+    GENERATION_CONFIG,
+    code_references,
+    has_vocabulary,
+    settings_of,
+)
 from persona_nnsight.models.weights.resolve import Weights, resolve
 
 if TYPE_CHECKING:
@@ -44,7 +51,7 @@ class Model:
         dtype: of the weights and activations. Residual arithmetic is float32 regardless.
         device: ``cpu``, ``cuda:0``, ``mps``, … or ``balanced`` over several GPUs.
         attention: the attention implementation in use, such as ``sdpa``.
-        eos_ids: tokens that end a continuation.
+        eos_ids: tokens that end a continuation (`persona_nnsight.models.end_tokens`).
         architecture: transformers' ``config.model_type``, such as ``llama``.
         n_parameters: number of weights.
         has_weights: False for a skeleton that only plans.
@@ -149,20 +156,21 @@ def load_model(
         trust_remote_code,
     )
     module = lm._module
+    tree = find_tree(module, chosen_dtype)
     return Model(
         lm=lm,
         tokenizer=tokenizer,
         weights=source,
-        tree=find_tree(module, chosen_dtype),
+        tree=tree,
         dtype=chosen_dtype,
         device=placement,
         attention=str(module.config._attn_implementation),
-        eos_ids=_eos_ids(module.generation_config, module.config, tokenizer),
         architecture=str(module.config.model_type),
+        eos_ids=end_tokens(Path(source.path), config, tokenizer, tree.vocab_size),
         n_parameters=sum(parameter.numel() for parameter in module.parameters()),
         has_weights=weights,
         trust_remote_code=trust_remote_code,
-        decoding=decoding_of(generation_settings(Path(source.path)), decoding),
+        decoding=decoding_of(settings_of(Path(source.path), GENERATION_CONFIG), decoding),
         path=path,
     )
 
@@ -303,6 +311,7 @@ def _load_lm(
             f"The weights of {source.spec!r} lack {len(missing)} of the model's tensors "
             f"({missing[0]}, ...); fetch or copy the model again, whole."
         )
+    refuse_unused(source, config, module, report["unexpected_keys"])
     module.eval()
     module.requires_grad_(False)
     return TransformersModel(module, **wrapping, **stay(module))
@@ -342,23 +351,3 @@ def _unreadable(source: Weights, error: Exception) -> PersonaError:
         "causal language model that this version of transformers reads, and that its files are "
         "whole."
     )
-
-
-def _eos_ids(
-    generation_config: Any, config: PretrainedConfig, tokenizer: PreTrainedTokenizerBase
-) -> tuple[int, ...]:
-    candidates = (
-        getattr(generation_config, "eos_token_id", None),
-        getattr(config.get_text_config(decoder=True), "eos_token_id", None),
-        tokenizer.eos_token_id,
-    )
-    for eos in candidates:
-        if eos is not None:
-            ids = tuple(eos) if isinstance(eos, list | tuple) else (eos,)
-            if not all(type(token) is int for token in ids):
-                raise PersonaError(
-                    f"The model's eos_token_id is {eos!r}; generation_config.json and config.json "
-                    "must give a token id or a list of them."
-                )
-            return ids
-    return ()

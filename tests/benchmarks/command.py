@@ -103,7 +103,7 @@ def _model(options: argparse.Namespace, grids: Grids) -> Model:
 def _rows(options: argparse.Namespace, model: Model, grids: Grids) -> tuple[list[Row], float]:
     shapes = shapes_of(model)
     rate = matrix_rate(shapes, model.dtype, model.device)
-    procedure = Procedure(model.lm._module, model.tokenizer)
+    procedure = Procedure(model.lm._module, model.tokenizer, model.eos_ids)
     rows = []
     for name in options.rows:
         workload = ROWS[name](model, grids)

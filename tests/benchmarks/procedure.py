@@ -19,7 +19,7 @@ from __future__ import annotations
 
 import math
 import time
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from typing import Any, cast
@@ -157,8 +157,10 @@ class CellNumbers:
 class Procedure(Reference):
     """The hook reference, with its forwards counted and timed in `counts`."""
 
-    def __init__(self, model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> None:
-        super().__init__(model, tokenizer)
+    def __init__(
+        self, model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, eos: Collection[int]
+    ) -> None:
+        super().__init__(model, tokenizer, eos)
         self.reset()
 
     def reset(self) -> None:

@@ -20,7 +20,7 @@ from commands import Persona
 from reference import Reference
 from rounding import KL64
 from safetensors.torch import load_file, save_file
-from tiny import Tiny, make_model_dir
+from tiny import EARLY_EOS_IDS, Tiny, make_model_dir
 from torch import Tensor
 
 from persona_nnsight import Grid, Model, capture, load_model, substitute
@@ -308,7 +308,7 @@ def test_of_equal_logits_the_lowest_token_is_taken(
 
 def test_the_closest_choice_is_recorded(tiny64: Tiny, tmp_path: Path) -> None:
     model = tiny64("llama", eos_early=True)
-    reference = reference_of(model)
+    reference = reference_of(model, EARLY_EOS_IDS)
     result = capture(model, TINY_GRID, layers=(2,), positions="p_last,g1", window=4)
     saved = json.loads((result.save(tmp_path / "run") / "run.json").read_text("utf-8"))
     for index, cell in enumerate(TINY_GRID.cells):

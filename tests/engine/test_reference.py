@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Collection
 from itertools import pairwise
 from pathlib import Path
 from typing import Any, cast
@@ -14,7 +14,9 @@ from reference import CONDITIONS, INJECTIONS, Reference, decomposition, grid_pro
 from tiny import (
     CHATML,
     CHATML_DEFAULT_SYSTEM,
+    EARLY_EOS_IDS,
     FAMILIES,
+    IM_END_ID,
     IM_START_ID,
     MISTRAL_WINDOW,
     N_LAYERS,
@@ -28,10 +30,10 @@ PROMPTS = grid_prompts("Yoda", "Write a haiku.", "a person", "Give advice.", don
 POSITIONS = ("p_user_last", "p_last", "g1", "g2")
 
 
-def load(directory: Path) -> Reference:
+def load(directory: Path, eos: Collection[int] = (IM_END_ID,)) -> Reference:
     model = AutoModelForCausalLM.from_pretrained(str(directory))
     tokenizer = cast(Any, AutoTokenizer).from_pretrained(str(directory))
-    return Reference(model, tokenizer)
+    return Reference(model, tokenizer, eos)
 
 
 @pytest.fixture(scope="module")
@@ -141,7 +143,7 @@ def test_edited_greedy_differs_and_is_repeatable(llama: Reference) -> None:
 
 
 def test_early_eos_is_kept_and_shortens_the_windows(tmp_path: Path) -> None:
-    ref = load(make_model_dir("llama", tmp_path / "m", eos_early=True))
+    ref = load(make_model_dir("llama", tmp_path / "m", eos_early=True), EARLY_EOS_IDS)
     texts = [f"As {p}, {t}" for p in ("Yoda", "a clown", "Marx") for t in ("sing.", "advise me.")]
     continuations = [ref.greedy(ref.ids(text), 12) for text in texts]
     for text, tokens in zip(texts, continuations, strict=True):

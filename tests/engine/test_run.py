@@ -11,7 +11,7 @@ import pytest
 from cells import TINY_GRID, cell_prompts, decode, lookup, reference_of
 from reference import Reference, decomposition, generated_index, kl, vector
 from rounding import KL32, KL64, assert_close, assert_same_table
-from tiny import DEMANDING, FAMILIES, Tiny
+from tiny import DEMANDING, EARLY_EOS_IDS, FAMILIES, Tiny
 
 from persona_nnsight import Grid, capture, inject, substitute
 from persona_nnsight.backends.local import LocalBackend
@@ -286,7 +286,7 @@ def test_a_continuation_that_ends_early_shortens_the_window(
     tiny64: Tiny, family: str, path: str
 ) -> None:
     model = replace(tiny64(family, eos_early=True), path=path)
-    reference = reference_of(model)
+    reference = reference_of(model, EARLY_EOS_IDS)
     result = substitute(
         model,
         TINY_GRID,

@@ -27,6 +27,9 @@ pytestmark = pytest.mark.smollm2
 
 LAYERS = (8, 12, 16, 21, 26)
 
+EOS = (2,)
+"""``<|im_end|>``."""
+
 #: Median KL of the additive vector at p_last on the built-in short grid, float32, measured with
 #: the published procedure (one sequence and one full forward per number).
 ADDITIVE_AT_P_LAST = {"8": 0.001, "12": 0.003, "16": 0.045, "21": 0.060, "26": 0.170}
@@ -69,7 +72,7 @@ def test_every_row_is_there_once(short_run: EditResult) -> None:
 def test_substitution_matches_reference(
     smollm2: Model, short_run: EditResult, persona: str, task: str
 ) -> None:
-    reference = reference_of(smollm2)
+    reference = reference_of(smollm2, EOS)
     found = lookup(short_run)
     grid = Grid.load("short")
     (cell,) = grid.select([persona], [task]).cells
@@ -90,7 +93,7 @@ def test_substitution_matches_reference(
 
 
 def test_injection_matches_reference(smollm2: Model) -> None:
-    reference = reference_of(smollm2)
+    reference = reference_of(smollm2, EOS)
     grid = Grid.load("short").select(["marx"], ["recommend"])
     found = lookup(inject(smollm2, grid, layers="10-18:4", each=True))
     prompts = cell_prompts(grid, grid.cells[0])
@@ -108,7 +111,7 @@ def test_injection_matches_reference(smollm2: Model) -> None:
 
 def test_texts_match_reference(smollm2: Model) -> None:
     """Text under the paper's edits, and what the markers make of it."""
-    reference = reference_of(smollm2)
+    reference = reference_of(smollm2, EOS)
     grid = Grid.load("long").select(["chef"], ["plan"])
     texts = {t.condition: t.text for t in markers(smollm2, grid, layers="21", tokens=12).texts}
     prompts = cell_prompts(grid, grid.cells[0])
@@ -124,7 +127,7 @@ def test_texts_match_reference(smollm2: Model) -> None:
 
 
 def test_steering_matches_reference(smollm2: Model) -> None:
-    reference = reference_of(smollm2)
+    reference = reference_of(smollm2, EOS)
     grid = Grid.load("short").select(["marx"], ["recommend"])
     table = steer(smollm2, grid, layers=(10, 16), positions="p_last,g1", alpha="0.5,2").frame()
     prompts = cell_prompts(grid, grid.cells[0])
@@ -147,7 +150,7 @@ def test_the_committed_example_is_what_the_program_makes(short_run: EditResult) 
 
 
 def test_capture_matches_reference(smollm2: Model) -> None:
-    reference = reference_of(smollm2)
+    reference = reference_of(smollm2, EOS)
     grid = Grid.load("short").select(["angelou"], ["policy"])
     positions = ("p_user_last", "p_last", "g2")
     result = capture(smollm2, grid, layers=(0, 14, 29), positions=positions)

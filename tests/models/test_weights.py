@@ -331,6 +331,20 @@ def test_pickles_are_not_downloaded(
     assert not any(path.endswith(".bin") for path in fake_hub.requests)
 
 
+def test_an_adapter_is_not_downloaded(
+    fake_hub: type[FakeHub], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(fake_hub, "files", {**FILES, "adapter_config.json": b"{}"})
+    assert "holds an adapter (adapter_config.json), which would not be applied" in refusal("org/m")
+    assert not any("/resolve/" in path for path in fake_hub.requests)
+
+
+def test_an_adapter_in_the_cache() -> None:
+    path = cached_snapshot("org/model")
+    (path / "adapter_model.safetensors").write_bytes(b"an adapter")
+    assert "'org/model' holds an adapter (adapter_model.safetensors)" in refusal("org/model")
+
+
 def test_code_comes_with_a_model(fake_hub: type[FakeHub], monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(fake_hub, "files", {**FILES, "modeling_m.py": b"raise SystemExit"})
     assert "modeling_m.py" in names_in(resolve("org/m", weights=False).path)
@@ -507,6 +521,19 @@ def test_conversion_leaves_transformers_as_it_was(tmp_path: Path) -> None:
     assert state() == before
     refusal(str(write_gguf(tmp_path / "odd.gguf", "clip")))
     assert state() == before
+
+
+def test_an_older_conversion_is_made_again(tmp_path: Path) -> None:
+    """It may have passed over what the file says of its positions."""
+    path = write_gguf(tmp_path / "tiny.gguf")
+    marker = Path(resolve(str(path)).path) / gguf_convert.MARKER
+    old = {key: value for key, value in json.loads(marker.read_text()).items() if key != "method"}
+    marker.write_text(json.dumps(old))
+    assert "has not been converted" in refusal(str(path), fetch=False)
+    steps: list[str] = []
+    resolve(str(path), notify=steps.append)
+    assert [step.split()[0] for step in steps] == ["reading", "converting"]
+    assert json.loads(marker.read_text()) == {**old, "method": gguf_convert._METHOD}
 
 
 def test_threads_convert_once(tmp_path: Path) -> None:

@@ -189,7 +189,7 @@ def test_peak_is_what_a_job_holds(tiny: Tiny) -> None:
 def test_the_procedure_finds_the_references_numbers(tiny: Tiny, family: str) -> None:
     model = tiny(family)
     reference = reference_of(model)
-    mine = Procedure(model.lm._module, model.tokenizer)
+    mine = Procedure(model.lm._module, model.tokenizer, model.eos_ids)
     cell = TINY_GRID.cells[3]
     prompts = grid_prompts(cell.persona.text, cell.task.text, "someone", "give some advice.")
 
@@ -229,7 +229,7 @@ def test_the_procedure_finds_the_references_numbers(tiny: Tiny, family: str) -> 
 
 def counted(model: Model, plan: Plan, cell: int) -> tuple[procedure.Counts, procedure.Counts]:
     """What the procedure ran in a cell, and what `planned` says of it."""
-    mine = Procedure(model.lm._module, model.tokenizer)
+    mine = Procedure(model.lm._module, model.tokenizer, model.eos_ids)
     prompts = {key: plan.prompts[i].text for key, i in plan.cells[cell].prompts.items()}
     continuation = mine.greedy(mine.ids(prompts["XY"]), plan.reference_tokens)
     edits = range(len(plan.edits))
@@ -303,7 +303,7 @@ def test_a_subset_varies_personas_tasks_and_sites(tiny: Tiny) -> None:
 @pytest.fixture(scope="module")
 def rows(tiny: Tiny) -> dict[str, Row]:
     model = tiny("llama")
-    shapes, mine = shapes_of(model), Procedure(model.lm._module, model.tokenizer)
+    shapes, mine = shapes_of(model), Procedure(model.lm._module, model.tokenizer, model.eos_ids)
 
     def row(workload: Workload) -> Row:
         plan = workload.plan  # with shorter texts, to be quick
@@ -339,7 +339,7 @@ def test_a_row_agrees_with_the_procedure(rows: dict[str, Row], name: str) -> Non
 def test_a_difference_shows(tiny: Tiny, monkeypatch: pytest.MonkeyPatch) -> None:
     model = tiny("llama")
     monkeypatch.setattr(procedure, "vector", lambda name, h: h["BB"])
-    mine = Procedure(model.lm._module, model.tokenizer)
+    mine = Procedure(model.lm._module, model.tokenizer, model.eos_ids)
     workload = ROWS["long"](model, GRIDS)
     row = compare(model, workload, shapes_of(model), mine, cells=1, edits=3)
     assert row.agreement.kl > 0.01
@@ -375,7 +375,7 @@ def test_a_random_model_has_the_shape_and_does_the_work() -> None:
     assert model.tokenizer.decode([4999]) == "<4999>", "a generated token can be told from others"
     plan = Substitute(layers="2", conditions="additive").plan(model, MARKED)
     assert max(len(prompt.ids) for prompt in plan.prompts) < 40, "about a token a word"
-    mine = Procedure(model.lm._module, model.tokenizer)
+    mine = Procedure(model.lm._module, model.tokenizer, model.eos_ids)
     row = compare(model, ROWS["short"](model, GRIDS), shapes_of(model), mine, cells=1, edits=2)
     assert row.agreement.kls == 2
     assert row.agreement.kl < KL32

@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 
 import torch
 from reference import Reference, generated_index, kl
+from tiny import IM_END_ID
 
 from persona_nnsight import EditResult, Grid, Model
 from persona_nnsight.prompts.grids import Cell
@@ -23,9 +24,9 @@ GRID_TEXT = "name: x\npersonas: {yoda: Yoda}\ntasks: {haiku: write a haiku.}\n"
 """A grid's file, as short as one can be."""
 
 
-def reference_of(model: Model) -> Reference:
-    """The oracle on the same weights."""
-    return Reference(model.lm._module, model.tokenizer)
+def reference_of(model: Model, eos: Collection[int] = (IM_END_ID,)) -> Reference:
+    """The oracle on the same weights; a tiny model ends its texts with one token."""
+    return Reference(model.lm._module, model.tokenizer, eos)
 
 
 def cell_prompts(grid: Grid, cell: Cell) -> dict[str, str]:

@@ -8,7 +8,7 @@ Imports nothing from the package, so that agreement with it means something.
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from typing import Any, cast
@@ -133,11 +133,14 @@ def _score(clean: Tensor, patched: Tensor) -> Score:
 class Reference:
     """Residuals, edits, continuations and KLs of one model, one forward at a time."""
 
-    def __init__(self, model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> None:
+    def __init__(
+        self, model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, eos: Collection[int]
+    ) -> None:
+        """`eos`: the tokens that end a continuation, which whoever asks has to know."""
         self.model = model.train(False)
         self.tokenizer = tokenizer
         self.layers = self._find_layers(model)
-        self.eos = self._find_eos(model)
+        self.eos = frozenset(eos)
         self._unedited: dict[tuple[int, ...], tuple[list[Tensor], Tensor]] = {}
 
     # ------------------------------------------------------------------- primitives
@@ -151,15 +154,6 @@ class Reference:
             if isinstance(found, nn.ModuleList):
                 return found
         raise ValueError(f"no decoder layers known for {type(model).__name__}")
-
-    @staticmethod
-    def _find_eos(model: PreTrainedModel) -> frozenset[int]:
-        eos = getattr(model.generation_config, "eos_token_id", None)
-        if eos is None:
-            eos = model.config.get_text_config().eos_token_id
-        if eos is None:
-            return frozenset()
-        return frozenset([eos] if isinstance(eos, int) else eos)
 
     def ids(self, text: str, generation_prompt: bool = True) -> list[int]:
         """A user message, through the chat template rendered to text, as token ids."""

@@ -3,8 +3,9 @@
 Reading a GGUF through transformers takes half a minute even for a small model, because every
 metadata string is parsed one by one, several times over, and the result refuses to be saved as it
 counts as quantised. So a file is read once, de-quantised to float32, and saved as safetensors with
-its tokenizer and chat template; from then on it is an ordinary model directory. The numbers are
-those of transformers' own GGUF loader, bit for bit.
+its tokenizer and chat template; from then on it is an ordinary model directory. The tensors are
+those of transformers' own GGUF loader, bit for bit; what that loader passes over of the file is put
+into the configuration, or the file is refused (`gguf_settings`, `gguf_rope`, `gguf_tensors`).
 """
 
 from __future__ import annotations
@@ -31,6 +32,9 @@ MARKER = "persona-model.json"
 
 MAGIC = b"GGUF"
 
+_METHOD = 2
+"""Which conversion made a directory; one of another number is made again from its file."""
+
 _one_at_a_time = threading.Lock()  # within a process, as transformers is patched meanwhile
 
 
@@ -41,6 +45,12 @@ def read_marker(directory: Path) -> dict[str, Any] | None:
     except (OSError, ValueError):
         return None
     return marker if isinstance(marker, dict) else None
+
+
+def is_converted(directory: Path) -> bool:
+    """Tell whether a directory is a conversion as it is done now."""
+    marker = read_marker(directory)
+    return marker is not None and marker.get("method") == _METHOD
 
 
 def convert(
@@ -57,7 +67,7 @@ def convert(
     the first to finish wins and the other throws its copy away.
     """
     with _one_at_a_time:
-        if not read_marker(target):
+        if not is_converted(target):
             _build(gguf, target, record, notify)
     return target
 
@@ -71,9 +81,11 @@ def _build(
     architecture = _architecture(reader, gguf)
     try:
         target.parent.mkdir(parents=True, exist_ok=True)
+        if read_marker(target):  # of an older conversion
+            shutil.rmtree(target)
     except OSError as error:
         raise PersonaError(
-            f"The cache directory '{target.parent}' cannot be made: {first_line(error)}; "
+            f"The cache directory '{target.parent}' cannot be written: {first_line(error)}; "
             "set PERSONA_CACHE to a directory that can be written."
         ) from error
     needed = 4 * sum(int(tensor.n_elements) for tensor in reader.tensors)
@@ -96,7 +108,8 @@ def _build(
                 f"'{gguf}' (architecture {architecture!r}) cannot be converted: "
                 f"{first_line(error)}; try the model's safetensors from the hub instead."
             ) from error
-        marker = {**record, "dtype": "float32", "versions": _versions()}
+        versions = _versions()
+        marker = {**record, "dtype": "float32", "method": _METHOD, "versions": versions}
         (built / MARKER).write_text(json.dumps(marker, indent=2) + "\n", "utf-8")
         _publish(built, target)
 
@@ -137,25 +150,46 @@ def _architecture(reader: Any, gguf: Path) -> str:
 def _save(gguf: Path, target: Path) -> None:
     """Load with transformers, de-quantised, and save what an ordinary model directory holds."""
     import torch
-    from transformers import AutoModelForCausalLM, AutoTokenizer
+    from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
+    from transformers import modeling_gguf_pytorch_utils as loader
+
+    from persona_nnsight.models.weights import gguf_settings, gguf_tensors
 
     auto: Any = AutoModelForCausalLM
+    reader = _read(gguf)
     tokenizer = AutoTokenizer.from_pretrained(gguf.parent, gguf_file=gguf.name)
-    loaded, report = auto.from_pretrained(
-        gguf.parent, gguf_file=gguf.name, dtype=torch.float32, output_loading_info=True
+    factors = gguf_tensors.rotary_factors(reader)
+    config = gguf_settings.as_the_file_says(
+        AutoConfig.from_pretrained(gguf.parent, gguf_file=gguf.name),
+        gguf_settings.metadata_of(reader),
+        gguf_settings.read_by_transformers(gguf),
+        factors,
+        str(gguf),
     )
+    with torch.device("meta"):
+        model = auto.from_config(config, dtype=torch.float32)
+    with ExitStack() as stack:
+        if (places := gguf_tensors.places(reader, model)) is not None:
+            unused = gguf_tensors.left_out(reader, places) - factors.keys()
+            gguf_tensors.refuse_left_out(unused, model, str(gguf))
+            # They take long to find.
+            known = _swapped(loader, "get_gguf_hf_weights_map", lambda *_, **__: places)
+            stack.enter_context(known)
+        loaded, report = auto.from_pretrained(
+            gguf.parent,
+            gguf_file=gguf.name,
+            config=config,
+            dtype=torch.float32,
+            output_loading_info=True,
+        )
     if report["missing_keys"]:
         raise PersonaError(
             f"'{gguf}' lacks {len(report['missing_keys'])} of the model's tensors "
             f"({sorted(report['missing_keys'])[0]}, …); give a file that holds a whole model."
         )
+    gguf_tensors.refuse_left_out(report["unexpected_keys"], model, str(gguf))
     # A loaded GGUF counts as quantised for good and will not save: hand its tensors, uncopied,
     # to a plain model of the same configuration.
-    settings = loaded.config.to_dict()
-    settings.pop("quantization_config", None)
-    config = type(loaded.config)(**settings)
-    with torch.device("meta"):
-        model = auto.from_config(config, dtype=torch.float32)
     model.load_state_dict(loaded.state_dict(), assign=True)
     model.generation_config = loaded.generation_config
     model.save_pretrained(target)

@@ -20,6 +20,7 @@ from persona_nnsight.errors import PersonaError, first_line
 from persona_nnsight.models.weights.embedded import ALIAS
 from persona_nnsight.models.weights.model_files import (
     CONFIG,
+    adapter,
     file_sha256,
     has_vocabulary,
     human_size,
@@ -27,6 +28,7 @@ from persona_nnsight.models.weights.model_files import (
     pickled,
     wanted,
 )
+from persona_nnsight.models.weights.unread import MERGE
 
 if TYPE_CHECKING:
     from huggingface_hub import ModelInfo
@@ -184,6 +186,11 @@ def _choose(info: ModelInfo, model_id: str, *, weights: bool) -> list[str]:
     if info.gated and not get_token():
         raise _gated(model_id)
     names = [item.rfilename for item in info.siblings or []]
+    if lone := adapter(names):
+        raise PersonaError(
+            f"The hub's {model_id!r} holds an adapter ({lone}), which would not be applied; "
+            f"{MERGE}, and give the directory of the merged model."
+        )
     files = wanted(names, weights=weights)
     lacking = [] if CONFIG in files else [CONFIG]
     if weights and not any(name.endswith(".safetensors") for name in files):

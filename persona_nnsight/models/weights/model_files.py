@@ -14,14 +14,18 @@ import hashlib
 import json
 from collections.abc import Iterable
 from pathlib import Path, PurePosixPath
+from typing import Any
 
-CONFIG = "config.json"
+CONFIG, GENERATION_CONFIG = "config.json", "generation_config.json"
 
 WHOLE_OR_INDEX = ("model.safetensors", "model.safetensors.index.json")
 """The names transformers looks for, in the order it tries them."""
 
 PICKLES = ("pytorch_model.bin", "pytorch_model.bin.index.json")
 """The same as pickles, by which a repository without safetensors is known."""
+
+ADAPTERS = ("adapter_config.json", "adapter_model.safetensors")
+"""The names by which an adapter is known, beside the model that it changes or alone."""
 
 #: Code (.py) is fetched with the rest, and runs only where `load_model` is told to trust it.
 _SMALL_SUFFIXES = (".json", ".jinja", ".model", ".txt", ".tiktoken", ".py")
@@ -62,9 +66,28 @@ def _missing_weights(directory: Path) -> str | None:
     return f"{absent[0]} ({len(absent)} of {len(shards)} shards)" if absent else None
 
 
+def weight_files(directory: Path) -> list[Path]:
+    """The files that the weights of a complete model directory are read from."""
+    found = next(name for name in WHOLE_OR_INDEX if (directory / name).is_file())
+    if not found.endswith(".index.json"):
+        return [directory / found]
+    index = json.loads((directory / found).read_text("utf-8"))
+    return [directory / shard for shard in sorted(set(index["weight_map"].values()))]
+
+
 def pickled(names: Iterable[str]) -> str | None:
     """Return the name of weights that are a pickle; None where there are none."""
-    return next((name for name in PICKLES if name in set(names)), None)
+    return _first_of(PICKLES, names)
+
+
+def adapter(names: Iterable[str]) -> str | None:
+    """Return the name of a file of an adapter; None where there is none."""
+    return _first_of(ADAPTERS, names)
+
+
+def _first_of(wanted: Iterable[str], names: Iterable[str]) -> str | None:
+    there = set(names)
+    return next((name for name in wanted if name in there), None)
 
 
 def code_references(directory: Path) -> set[str]:
@@ -89,7 +112,7 @@ def unreadable(directory: Path) -> str | None:
 
     transformers passes over a damaged generation_config.json, and with it the end tokens.
     """
-    for name in (CONFIG, "generation_config.json"):
+    for name in (CONFIG, GENERATION_CONFIG):
         try:
             if not isinstance(json.loads((directory / name).read_text("utf-8")), dict):
                 return name
@@ -98,6 +121,15 @@ def unreadable(directory: Path) -> str | None:
         except (OSError, ValueError, RecursionError):
             return name
     return None
+
+
+def settings_of(directory: Path, name: str) -> dict[str, Any]:
+    """What a configuration file that is no damaged one says (`unreadable`); nothing without it."""
+    try:
+        found: dict[str, Any] = json.loads((directory / name).read_text("utf-8"))
+    except FileNotFoundError:
+        return {}
+    return found
 
 
 def has_vocabulary(directory: Path) -> bool:

@@ -24,7 +24,7 @@ from typing import Literal
 import platformdirs
 
 from persona_nnsight.errors import PersonaError
-from persona_nnsight.models.weights import embedded, gguf_convert, hub, model_files
+from persona_nnsight.models.weights import embedded, gguf_convert, hub, model_files, unread
 
 ALIASES = (embedded.ALIAS,)
 """Names that stand for a model without being an id or a path."""
@@ -155,7 +155,7 @@ def _from_gguf(spec: str, path: Path, *, fetch: bool, notify: Callable[[str], No
         raise PersonaError(f"{spec!r} is a file but {kind}; a model is {FORMS}.")
     record = {"id": path.name, "source": path.name, "gguf_sha256": digest}
     target = _models_dir() / f"gguf-{digest[:12]}"
-    if not fetch and not gguf_convert.read_marker(target):
+    if not fetch and not gguf_convert.is_converted(target):
         raise PersonaError(
             f"{spec!r} has not been converted on this machine; run `persona models pull {spec}`."
         )
@@ -178,6 +178,7 @@ def _readable(spec: str) -> Iterator[None]:
 def _from_directory(spec: str, path: Path, *, weights: bool) -> Weights:
     """Resolve a directory of the user's, if it is one of a model."""
     path = path.resolve()
+    unread.refuse_adapter(path, spec)
     if lacking := model_files.missing(path, weights=weights):
         hint = (
             "a model directory holds config.json, tokenizer files and *.safetensors, "
@@ -188,13 +189,18 @@ def _from_directory(spec: str, path: Path, *, weights: bool) -> Weights:
         elif pickle := model_files.pickled(file.name for file in path.iterdir()):
             hint = f"{pickle} is a pickle, which is never loaded; {hint}"
         raise PersonaError(f"{spec!r} is no model directory, it lacks {lacking}; {hint}.")
+    _refuse_unreadable(path, spec)
+    unread.refuse_other_weights(path, spec)
+    digest = model_files.fingerprint(path)
+    return Weights(spec, str(path), path.name, model_files.slug(path.name), sha256=digest)
+
+
+def _refuse_unreadable(path: Path, spec: str) -> None:
     if damaged := model_files.unreadable(path):
         raise PersonaError(
             f"The {damaged} of {spec!r} is no JSON object, so it is damaged or not saved as UTF-8; "
             "fetch or copy the model again."
         )
-    digest = model_files.fingerprint(path)
-    return Weights(spec, str(path), path.name, model_files.slug(path.name), sha256=digest)
 
 
 def _from_hub(
@@ -211,6 +217,9 @@ def _from_hub(
     path = hub.snapshot(
         spec, revision=revision, fetch=fetch or not weights, weights=weights, notify=notify
     )
+    unread.refuse_adapter(path, spec)
+    _refuse_unreadable(path, spec)
+    unread.refuse_other_weights(path, spec)
     return Weights(
         spec,
         str(path),
