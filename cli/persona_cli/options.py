@@ -69,6 +69,24 @@ TrustRemoteCode = Annotated[
         rich_help_panel=_MODEL,
     ),
 ]
+Decoding = Annotated[
+    str,
+    typer.Option(
+        metavar="greedy|checkpoint",
+        help="The largest logit, or the largest after what the checkpoint's generation settings "
+        "do to logits (penalties, suppressed tokens).",
+        rich_help_panel=_MODEL,
+    ),
+]
+RunPath = Annotated[
+    str,
+    typer.Option(
+        metavar="auto|fast|whole",
+        help="How rows run: with shared openings and padded batches, whole from their first "
+        "token, or as two prompts of the run show that the model allows.",
+        rich_help_panel=_MODEL,
+    ),
+]
 GridSource = Annotated[
     str | None,
     typer.Option(
@@ -287,6 +305,8 @@ class ModelOptions:
     device: Device = "auto"
     attn: Attention = None
     trust_remote_code: TrustRemoteCode = False
+    decoding: Decoding = "greedy"
+    path: RunPath = "auto"
 
     def arguments(self) -> dict[str, Any]:
         """The arguments of `persona_nnsight.load_model`."""
@@ -297,6 +317,8 @@ class ModelOptions:
             "device": self.device,
             "attn": self.attn,
             "trust_remote_code": self.trust_remote_code,
+            "decoding": self.decoding,
+            "path": self.path,
         }
 
 

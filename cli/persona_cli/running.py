@@ -245,6 +245,10 @@ def _quiet_libraries(verbose: bool) -> None:
 _ROUNDING = "shows in KLs in this dtype: compare with condition rounded, or use --dtype float32"
 
 
+#: How rows run, in words.
+_PATHS = {"fast": "shared openings, padded batches", "whole": "whole rows, unpadded"}
+
+
 def show_costs(
     model: Model,
     grid: Grid,
@@ -279,6 +283,7 @@ def show_costs(
         "rows": f"{plan.n_results}: {cost.cells} cells recorded, the rest KLs and texts",
         "unique prompts": f"{cost.unique_prompts}, {cost.prompt_tokens} tokens",
         "tokens": f"{cost.token_forwards} through the model",
+        "path": f"{_PATHS[limits.path.name]} ({limits.path.why})",
         **({"rounding": _ROUNDING} if model.rounds else {}),
         **(
             {"jobs": f"{jobs}, up to {limits.cells} cells each"}
@@ -310,6 +315,7 @@ def cost_summary(
         "positions": plan.positions,
         "window": plan.window,
         "cells": [[cell.persona, cell.task] for cell in plan.cells],
+        "path": limits.path.to_data(),
         "cost": estimate(plan, model, limits).to_dict(),
     }
 

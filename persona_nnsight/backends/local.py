@@ -6,21 +6,27 @@ from collections.abc import Iterator
 from contextlib import suppress
 from dataclasses import asdict
 from typing import Any, NoReturn
+from weakref import WeakKeyDictionary
 
 from persona_nnsight.backends.interface import EngineFunction
 from persona_nnsight.engine.memory import default_budget
+from persona_nnsight.engine.self_check import find_path
 from persona_nnsight.errors import OutOfMemoryError, PersonaError
 from persona_nnsight.models.loading import Model
 from persona_nnsight.plan.costs import Limits, check_budget, fit_limits
 from persona_nnsight.plan.data import digest
 from persona_nnsight.plan.events import Done, Event
 from persona_nnsight.plan.plan import Plan
+from persona_nnsight.plan.run_path import RunPath, expected_path
 from persona_nnsight.storage.journal import Journal, JournalError, damaged
 from persona_nnsight.storage.kept_events import Parts
 from persona_nnsight.storage.run_directory import PENDING
 
 #: What a journal says of who writes it.
 LOCAL = "local"
+
+#: Paths by model and plan: one is asked for when costs are shown, and when the plan is run.
+_found: WeakKeyDictionary[Any, dict[str, RunPath]] = WeakKeyDictionary()
 
 
 class LocalBackend:
@@ -40,6 +46,7 @@ class LocalBackend:
         self.memory_budget = memory_budget
         self.journal = journal
         self._parts: Parts | None = None
+        self._took: RunPath | None = None
 
     def limits(self, plan: Plan) -> Limits:
         """Batches that fit in the memory budget, or those that a run was begun with.
@@ -50,20 +57,31 @@ class LocalBackend:
         if self.journal is not None and (known := self._limits_begun_with(plan)) is not None:
             return known
         device, tree = self.model.device, self.model.tree
+        path = self._path(plan)
         budget = self.memory_budget
         if budget is None:
             budget = default_budget(device)
         else:
-            check_budget(plan, tree, budget)
-        return fit_limits(plan, tree, budget=budget, gpu=device != "cpu")
+            check_budget(plan, tree, budget, path)
+        return fit_limits(plan, tree, budget=budget, gpu=device != "cpu", path=path)
+
+    def _path(self, plan: Plan) -> RunPath:
+        """The path that the plan's rows take; without weights, what can be told without."""
+        if not self.model.has_weights:
+            return expected_path(self.model.tree, plan)
+        known = _found.setdefault(self.model.lm, {})
+        key = digest(plan)
+        if key not in known:
+            known[key] = find_path(self.model.lm, self.model.tree, plan)
+        return known[key]
 
     def _limits_begun_with(self, plan: Plan) -> Limits | None:
         """The batch sizes that a plan was begun with: with others, last digits would differ."""
         assert self.journal is not None
         try:
             known = self.journal.state.get("limits", {}).get(digest(plan))
-            return None if known is None else Limits(**{k: int(v) for k, v in known.items()})
-        except (AttributeError, TypeError, ValueError) as error:
+            return None if known is None else Limits.from_data(known)
+        except (AttributeError, KeyError, TypeError, ValueError) as error:
             raise damaged(self.journal.directory / PENDING, error) from error
 
     def run(self, function: EngineFunction, plan: Plan, limits: Limits) -> Iterator[Event]:
@@ -77,6 +95,7 @@ class LocalBackend:
                 cannot be written.
         """
         self._require_weights()
+        self._took = limits.path
         if self.journal is None:
             yield from function(self.model.lm, self.model.tree, plan, limits)
             return
@@ -129,7 +148,8 @@ class LocalBackend:
     def record(self, plan: Plan | None = None) -> dict[str, Any]:
         """See `Backend.record`."""
         begun = {} if self.journal is None else {"argv": self.journal.argv}
-        return {"name": LOCAL, **begun}
+        took = {} if self._took is None else {"path": self._took.to_data()}
+        return {"name": LOCAL, **took, **begun}
 
     def close(self) -> None:
         """See `Backend.close`; what is finished and not yet kept is written down.

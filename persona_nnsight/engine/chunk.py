@@ -1,4 +1,4 @@
-"""What all steps on a chunk of cells share."""
+"""What all runs of some cells share."""
 
 from __future__ import annotations
 
@@ -9,7 +9,6 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from persona_nnsight.engine.kv_cache import KVCache
 from persona_nnsight.errors import PersonaError
 from persona_nnsight.method.sites import generated_index
 from persona_nnsight.models.module_tree import ModuleTree
@@ -18,31 +17,20 @@ from persona_nnsight.prompts.prompt import user_last
 
 
 @dataclass(frozen=True)
-class Prefix:
-    """The prompts of a chunk, each once: their openings as a KV cache, and their last tokens.
+class Chunk:
+    """The model, the plan, and the cells that are worked on together.
 
     Attributes:
-        kv: the openings, padded on the left.
-        opening: their token ids, int [prompts, length].
-        tails: the last tokens of every prompt, which are not in the cache, int [prompts, tail].
-        row: from an index into `Plan.prompts` to a row.
+        lm, tree, plan: the model, and what is done with it.
+        cells: cells of the plan.
+        device: where token ids, row numbers and recorded residuals are kept.
     """
-
-    kv: KVCache
-    opening: Tensor
-    tails: Tensor
-    row: dict[int, int]
-
-
-@dataclass(frozen=True)
-class Chunk:
-    """The model, the plan, the cells that are worked on together, and their prompts."""
 
     lm: Any
     tree: ModuleTree
     plan: Plan
     cells: Sequence[CellPlan]
-    prefix: Prefix
+    device: torch.device
 
     @property
     def layers(self) -> Any:
@@ -50,35 +38,35 @@ class Chunk:
         return self.lm.get(self.tree.layers)
 
     def residual(self, layer: int) -> Tensor:
-        """The residual at a layer, inside a trace of several forwards that share a KV cache.
+        """The residual at a layer, inside a trace: the input of the decoder layer.
 
-        Where there is one, it is read from the norm that it goes through first: a server's sandbox
-        hands out copies of a module's arguments and puts them in their place, and a decoder layer
-        has the cache among its arguments, which would stay behind.
+        In a server's sandbox it is read from the norm that it goes through first, where there is
+        one: a sandbox hands out copies of a module's arguments and puts them in their place, and a
+        decoder layer has the cache among its arguments, which would stay behind.
 
         Raises:
             PersonaError: layer 0 in a sandbox, of a model without such a norm.
         """
         norm = self.tree.input_norm
-        if norm is None:
+        if norm is None or not is_far(self.lm):
             return self.editable_residual(layer)
         read: Tensor = self.layers[layer].get(norm).input
         return read
 
     def editable_residual(self, layer: int) -> Tensor:
-        """The same, to be edited in place: what the layer below leaves.
+        """The same, to be edited in place; in a sandbox what the layer below leaves.
 
         Raises:
             PersonaError: layer 0 in a sandbox.
         """
+        if not is_far(self.lm):
+            own: Tensor = self.layers[layer].input
+            return own
         if layer == 0:
-            if is_far(self.lm):
-                raise PersonaError(
-                    "A server that runs jobs in a sandbox cannot do this at layer 0; leave layer 0 "
-                    "out (--layers 1-... in place of all)."
-                )
-            first: Tensor = self.layers[0].input
-            return first
+            raise PersonaError(
+                "A server that runs jobs in a sandbox cannot do this at layer 0; leave layer 0 out "
+                "(--layers 1-... in place of all)."
+            )
         below = self.layers[layer - 1].output
         hidden: Tensor = below[0] if isinstance(below, tuple) else below
         return hidden
@@ -88,22 +76,6 @@ class Chunk:
         """Of the model's activations."""
         dtype: torch.dtype = self.lm._module.dtype
         return dtype
-
-    @property
-    def device(self) -> torch.device:
-        """Where token ids, row numbers and recorded residuals are kept."""
-        return self.prefix.opening.device
-
-    def rows(self, prompts: Sequence[int]) -> list[int]:
-        """Rows of the prefix that hold these prompts of the plan."""
-        return [self.prefix.row[prompt] for prompt in prompts]
-
-    def room(self, tokens: int) -> int:
-        """The room to ask of `KVCache.select` for so many tokens to come.
-
-        A sandbox, which has the weights in another process, knows transformers' own caches only.
-        """
-        return 0 if is_far(self.lm) else tokens
 
     def token_offsets(self, prompts: Sequence[int], position: str) -> Tensor:
         """Index of a position within tail and continuation, int [prompts]."""

@@ -1,17 +1,18 @@
-"""Decode: XY's greedy continuation, which every other run follows."""
+"""Greedy decoding, and XY's continuation, which every other run follows."""
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
 import nnsight
 import torch
 from torch import Tensor
+from transformers import GenerationConfig
 
-from persona_nnsight.engine.chunk import Chunk
 from persona_nnsight.engine.finite import overflowed
-from persona_nnsight.engine.inputs import prompt_inputs
+from persona_nnsight.plan.plan import Plan
 
 
 @dataclass(frozen=True)
@@ -38,22 +39,52 @@ class Decoded:
         return cut_rows(self.continuations, self.lengths)
 
 
-def decode(chunk: Chunk) -> Decoded:
-    """Decode as many tokens as the windows of all positions need."""
-    lm, plan = chunk.lm, chunk.plan
-    prompts = [cell.prompts["XY"] for cell in chunk.cells]
-    inputs = prompt_inputs(chunk, chunk.rows(prompts), plan.reference_tokens)
+def decoding(plan: Plan, n_tokens: int) -> dict[str, Any]:
+    """Settings of a ``generate`` that decodes `n_tokens`, whether the text ends or not.
+
+    Every setting that there is gets a value, as one that is left out would be the checkpoint's: the
+    largest logit wins, whatever it suppresses, penalises or stops at. The end of a text is found
+    afterwards, so that every row of a batch takes the same steps.
+
+    Args:
+        plan: has the settings of the checkpoint that were asked for.
+        n_tokens: how many tokens.
+    """
+    settings = dict.fromkeys(GenerationConfig().to_dict())
+    settings.pop("transformers_version", None)  # no setting
+    return {
+        **settings,
+        "do_sample": False,
+        "num_beams": 1,
+        "num_return_sequences": 1,
+        "return_dict_in_generate": False,
+        "use_cache": True,
+        **plan.decoding,
+        "max_new_tokens": n_tokens,
+        "pad_token_id": plan.pad_id,
+    }
+
+
+def generate(lm: Any, inputs: Mapping[str, Any], n_tokens: int) -> tuple[Tensor, Tensor]:
+    """Decode.
+
+    Args:
+        lm: the model.
+        inputs: arguments of its ``generate``.
+        n_tokens: how many tokens they ask for.
+
+    Returns:
+        Tokens, int [rows, n_tokens], and their margins (`Decoded`).
+    """
     with lm.generate(**inputs) as tracer:
         margins = nnsight.save([])
-        for _ in tracer.iter[: plan.reference_tokens]:
-            margins.append(_margin(lm.output.logits[:, -1]))
+        for _ in tracer.iter[:n_tokens]:
+            margins.append(margin(lm.output.logits[:, -1]))
         ids = nnsight.save(tracer.result)
-    tokens = ids[:, -plan.reference_tokens :]
-    lengths = lengths_to_eos(tokens, plan.eos_ids)
-    return Decoded(tokens, lengths, torch.stack(list(margins), dim=1))
+    return ids[:, -n_tokens:], torch.stack(list(margins), dim=1)
 
 
-def _margin(logits: Tensor) -> Tensor:
+def margin(logits: Tensor) -> Tensor:
     """The largest logit less the next, float32 [rows]; NaN where a row holds NaN or +inf."""
     first, second = logits.topk(2).values.float().unbind(-1)
     return (first - second).masked_fill(overflowed(logits), torch.nan)

@@ -7,7 +7,7 @@ import torch
 from torch import Tensor
 
 from persona_nnsight.engine.chunk import Chunk
-from persona_nnsight.engine.inputs import forward_inputs
+from persona_nnsight.engine.plain import plain_inputs
 from persona_nnsight.errors import PersonaError
 
 
@@ -44,15 +44,15 @@ def output_not_finite(chunk: Chunk, key: str, cell: int, continuation: Tensor) -
         continuation: the tokens that follow the prompt, int [n].
     """
     lm, layers = chunk.lm, chunk.layers
-    rows = chunk.rows([chunk.cells[cell].prompts[key]])
-    ids = torch.cat([chunk.prefix.tails[rows], continuation[None, :-1]], dim=1)
-    with lm.trace(**forward_inputs(chunk.prefix.kv.select(rows), ids)):
+    prompt = chunk.plan.prompts[chunk.cells[cell].prompts[key]].ids
+    ids = torch.tensor([[*prompt, *continuation[:-1].tolist()]], device=chunk.device)
+    with lm.trace(**plain_inputs(lm, ids, kept=0)):
         finite = nnsight.save([])
         for envoy in layers:
             finite.append(envoy.input[0].isfinite().all(-1))
     for layer, row in enumerate(finite):
         if not row.all():
-            k = int((~row).int().argmax()) - chunk.plan.tail + 1
+            k = int((~row).int().argmax()) - len(prompt) + 1
             position = f"g{k}" if k > 0 else "p_last" if k == 0 else "before p_last"
             return residual_not_finite(chunk, key, cell, layer, position)
     what = f"The output of the {key} prompt of cell {_name(chunk, cell)}"

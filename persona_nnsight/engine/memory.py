@@ -48,7 +48,7 @@ def in_batches(
         try:
             result = work(batch)
         except Exception as error:
-            if not _is_out_of_memory(error):
+            if not is_out_of_memory(error):
                 raise
             said = (str(error).strip().splitlines() or ["no more was said"])[-1]
         else:
@@ -68,7 +68,7 @@ def in_batches(
             torch.cuda.empty_cache()
 
 
-def _is_out_of_memory(error: Exception) -> bool:
+def is_out_of_memory(error: Exception) -> bool:
     """Whether it is torch's error of a GPU, or what its allocator says on a CPU and on Apple's."""
     if isinstance(error, torch.OutOfMemoryError | MemoryError):
         return True

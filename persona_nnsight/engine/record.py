@@ -5,7 +5,6 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
-import nnsight
 import torch
 from torch import Tensor
 
@@ -16,9 +15,7 @@ from persona_nnsight.engine.finite import (
     output_not_finite,
     residual_not_finite,
 )
-from persona_nnsight.engine.inputs import forward_inputs, last_tokens
-from persona_nnsight.engine.kv_cache import KVCache
-from persona_nnsight.engine.read import Sites, read_sites
+from persona_nnsight.engine.read import Sites
 from persona_nnsight.method.conditions import RESIDUAL_KEYS
 from persona_nnsight.method.geometry import decompose
 from persona_nnsight.method.sites import generated_index
@@ -48,15 +45,20 @@ class Record:
         return lengths[:, None] >= torch.tensor(needed, device=lengths.device)
 
 
-def record(chunk: Chunk, decoded: Decoded, xy: Sites) -> Record:
-    """Read every asked site of the other prompts on XY's continuation, beside those of XY.
+def record(chunk: Chunk, decoded: Decoded, xy: Sites, others: Sites) -> Record:
+    """What the clean runs left, from their sites.
+
+    Args:
+        chunk, decoded: the cells, and the continuation that the runs follow.
+        xy: the sites of XY, a row for each cell.
+        others: those of the other prompts (`other_keys`), rows key by key.
 
     Raises:
         PersonaError: a residual or an output that is not finite.
     """
     plan = chunk.plan
-    keys = [key for key in plan.roles if key != "XY"]
-    found = [xy, _baselines(chunk, keys, decoded.continuations)]
+    keys = other_keys(plan)
+    found = [xy, others]
     residuals = _by_key(chunk, keys, [sites.residuals for sites in found])
     # A given Δ_X has no prompt XB beside it whose residual it could be taken from.
     geometry = decompose(residuals) if "XB" in residuals else {}
@@ -71,43 +73,9 @@ def record(chunk: Chunk, decoded: Decoded, xy: Sites) -> Record:
     return recorded
 
 
-def _baselines(chunk: Chunk, keys: Sequence[str], continuations: Tensor) -> Sites:
-    """The sites of the prompts `keys` of every cell, on XY's continuation: rows key by key."""
-    lm, plan, prefix = chunk.lm, chunk.plan, chunk.prefix
-    prompts = [cell.prompts[key] for key in keys for cell in chunk.cells]
-    # Cells share baselines, which differ from cell to cell only once they follow a continuation.
-    unique = list(dict.fromkeys(prompts))
-    rows = chunk.rows(unique)
-    where = {
-        name: chunk.token_offsets(unique, name)
-        for name in plan.positions
-        if not generated_index(name)
-    }
-    inputs = forward_inputs(prefix.kv.select(rows), prefix.tails[rows])
-    with lm.trace(**inputs, logits_to_keep=last_tokens(plan.tail, 0)):
-        residuals = nnsight.save({})
-        normed = nnsight.save({})
-        read_sites(chunk, Sites(residuals, normed), where)
-        cache = nnsight.save(lm.output.past_key_values)
-    own = [unique.index(prompt) for prompt in prompts]
-    sites = Sites(
-        {site: value[own] for site, value in residuals.items()},
-        {site: value[own] for site, value in normed.items()},
-    )
-    if not plan.last_generated:
-        return sites
-    where = {
-        name: torch.full((len(own),), k - 1)
-        for name in plan.positions
-        if (k := generated_index(name))
-    }
-    after = KVCache(cache, inputs["attention_mask"]).select(own)
-    ids = continuations[:, : plan.last_generated].repeat(len(keys), 1)
-    with lm.trace(**forward_inputs(after, ids), logits_to_keep=last_tokens(plan.last_generated, 0)):
-        residuals = nnsight.save({})
-        normed = nnsight.save({})
-        read_sites(chunk, Sites(residuals, normed), where)
-    return Sites({**sites.residuals, **residuals}, {**sites.normed, **normed})
+def other_keys(plan: Plan) -> list[str]:
+    """The prompts of every cell beside XY whose residuals are asked for."""
+    return [key for key in plan.roles if key != "XY"]
 
 
 def _by_key(

@@ -38,7 +38,7 @@ class ResidualWrites(Act):
         return {layer: partial(_write, where, written) for layer, written in vectors.items()}
 
     def decoded(
-        self, chunk: Chunk, recorded: Record, row: tuple[int, Write], prompt: int
+        self, chunk: Chunk, recorded: Record, row: tuple[int, Write], prompt: int, start: int
     ) -> dict[tuple[int, int], Change]:
         """See `Act`. A site that XY's own text ends before has no residuals, and is not written."""
         length = int(recorded.decoded.lengths[row[0]])
@@ -46,7 +46,8 @@ class ResidualWrites(Act):
         steps: dict[int, dict[str, Tensor]] = {}
         for name in row[1].positions:
             if (step := generated_index(name)) <= length:
-                token = torch.tensor([0]) if step else chunk.token_offsets([prompt], name)
+                offset = chunk.token_offsets([prompt], name)
+                token = torch.tensor([0]) if step else offset - start
                 steps.setdefault(step, {})[name] = token
         vectors = _vectors(chunk, recorded, [row])
         return {

@@ -3,29 +3,24 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Hashable, Iterable, Iterator, Sequence
-from dataclasses import dataclass
-from typing import Any
+from contextlib import nullcontext
+from typing import Any, TypeVar
 
 import torch
 
-from persona_nnsight.engine.attention import grouped_attention
-from persona_nnsight.engine.chunk import Chunk
-from persona_nnsight.engine.decode import decode
-from persona_nnsight.engine.extend import HostRun, check_clean, extend
+from persona_nnsight.engine.chunk import Chunk, is_far
+from persona_nnsight.engine.fast.attention import grouped_attention
+from persona_nnsight.engine.fast.runs import FastRuns
 from persona_nnsight.engine.memory import in_batches
-from persona_nnsight.engine.prefill import prefill
-from persona_nnsight.engine.record import Record, public_geometry, public_residuals, record
-from persona_nnsight.engine.score import has_own_reference, score
-from persona_nnsight.engine.wide_logits import wide_logits
-from persona_nnsight.engine.write import write
+from persona_nnsight.engine.record import public_geometry, public_residuals
+from persona_nnsight.engine.runs import Row, Runs
+from persona_nnsight.engine.whole.runs import WholeRuns
 from persona_nnsight.models.module_tree import ModuleTree
-from persona_nnsight.plan.costs import Limits, fed_tokens
+from persona_nnsight.plan.costs import Limits
 from persona_nnsight.plan.events import Done, Event, Recorded, Scored, Written
 from persona_nnsight.plan.plan import Edit, Plan
-from persona_nnsight.plan.prefix_tree import prefix_tree
 
-#: A cell within the chunk and an edit of the plan.
-Row = tuple[int, int]
+T = TypeVar("T")
 
 
 @torch.no_grad()
@@ -37,91 +32,65 @@ def run(
     Args:
         lm, tree: the model.
         plan: what to do.
-        limits: batch sizes. The last bits of a number depend on them.
+        limits: batch sizes, and the path that rows take. The last bits of a number depend on
+            them.
         done: what is finished and need not be done again. Some of it may be, with the same
             numbers: batches are passed over whole or not at all.
 
     Raises:
-        PersonaError: a residual or logit that is not finite, or a model whose KV cache cannot be
-            shared between rows.
+        PersonaError: a residual or logit that is not finite, or, on the fast path, a model whose
+            KV cache cannot be shared between rows.
     """
     done = done or Done()
+    whole = limits.path.is_whole
+    make = WholeRuns if whole else FastRuns
+    device = torch.device("cpu") if is_far(lm) else lm.device
 
-    def prepare(numbers: Sequence[int]) -> _Prepared:
-        cells = [plan.cells[number] for number in numbers]
-        openings = prefix_tree(plan, cells, window=tree.window, most_tokens=limits.tokens)
-        chunk = Chunk(lm, tree, plan, cells, prefill(lm, plan, openings))
-        decoded = decode(chunk)
-        scored = [edit for edit in plan.edits if edit.scored and any(map(edit.runs_on, numbers))]
-        # Every KL is taken from what XY predicts.
-        keys = dict.fromkeys(["XY", *(edit.host for edit in scored)])
-        with wide_logits(lm):
-            hosts = {key: extend(chunk, decoded, key) for key in keys}
-        recorded = record(chunk, decoded, hosts["XY"].sites)
-        if (clean := hosts["XY"].clean) is not None:
-            check_clean(chunk, decoded, clean)
-        return _Prepared(chunk, recorded, hosts if scored else {})
+    def prepare(numbers: Sequence[int]) -> Runs:
+        chunk = Chunk(lm, tree, plan, [plan.cells[number] for number in numbers], device)
+        hosts = [
+            edit.host for edit in plan.edits if edit.scored and any(map(edit.runs_on, numbers))
+        ]
+        return make(chunk, limits, hosts)
 
-    with grouped_attention(lm):
+    with nullcontext() if whole else grouped_attention(lm):
         chunks = in_batches(
             range(len(plan.cells)), limits.cells, prepare, lambda cells: done.has(plan, cells)
         )
-        for numbers, ready in chunks:
+        for numbers, runs in chunks:
+            recorded = runs.recorded
             yield Recorded(
                 cells=tuple(numbers),
-                continuations=ready.recorded.decoded.token_ids(),
-                margins=ready.recorded.decoded.token_margins(),
-                geometry=public_geometry(ready.chunk, ready.recorded),
-                residuals=public_residuals(ready.chunk, ready.recorded)
-                if plan.keeps_residuals
-                else None,
+                continuations=recorded.decoded.token_ids(),
+                margins=recorded.decoded.token_margins(),
+                geometry=public_geometry(runs.chunk, recorded),
+                residuals=public_residuals(runs.chunk, recorded) if plan.keeps_residuals else None,
             )
-            yield from _scores(ready, numbers, limits, done)
-            ready.hosts.clear()
-            yield from _texts(ready, numbers, limits, done)
+            yield from _scores(runs, numbers, done)
+            runs.forget_scores()
+            yield from _texts(runs, numbers, limits, done)
 
 
-@dataclass(frozen=True)
-class _Prepared:
-    """A chunk of cells whose clean runs are done."""
+def _scores(runs: Runs, numbers: Sequence[int], done: Done) -> Iterator[Scored]:
+    plan = runs.chunk.plan
 
-    chunk: Chunk
-    recorded: Record
-    hosts: dict[str, HostRun]
+    def is_done(batch: Sequence[Row]) -> bool:
+        return all((numbers[cell], edit) in done.scored for cell, edit in batch)
 
-
-def _scores(
-    ready: _Prepared, numbers: Sequence[int], limits: Limits, done: Done
-) -> Iterator[Scored]:
-    plan = ready.chunk.plan
     scored = [index for index, edit in enumerate(plan.edits) if edit.scored]
     for edits in _groups(plan, scored, lambda edit: edit.batch_key):
-        first = plan.edits[edits[0]]
-
-        def work(batch: Sequence[Row], host: str = first.host) -> list[tuple[float, int]]:
-            clean = ready.hosts["XY"].clean
-            assert clean is not None
-            with wide_logits(ready.chunk.lm):
-                return score(ready.chunk, ready.recorded, clean, ready.hosts[host], batch)
-
-        def is_done(batch: Sequence[Row]) -> bool:
-            return all((numbers[cell], edit) in done.scored for cell, edit in batch)
-
-        size = limits.rows_of(fed_tokens(plan, first, ready.chunk.tree))
-        if has_own_reference(ready.chunk, first):
-            size = max(1, size // 2)
-        for batch, results in in_batches(_rows(plan, edits, numbers), size, work, is_done):
-            for (cell, edit), (kl, n_tokens) in zip(batch, results, strict=True):
-                yield Scored(numbers[cell], edit, kl, n_tokens)
+        for rows in _alike(_rows(plan, edits, numbers), runs.shape):
+            size = runs.rows_at_once(rows[0])
+            for batch, results in in_batches(rows, size, runs.score, is_done):
+                for (cell, edit), (kl, n_tokens) in zip(batch, results, strict=True):
+                    yield Scored(numbers[cell], edit, kl, n_tokens)
 
 
-def _texts(
-    ready: _Prepared, numbers: Sequence[int], limits: Limits, done: Done
-) -> Iterator[Written]:
-    plan = ready.chunk.plan
+def _texts(runs: Runs, numbers: Sequence[int], limits: Limits, done: Done) -> Iterator[Written]:
+    plan, cells = runs.chunk.plan, runs.chunk.cells
 
     def work(batch: Sequence[Sequence[Row]]) -> tuple[tuple[int, ...], ...]:
-        return write(ready.chunk, ready.recorded, [rows[0] for rows in batch])
+        return runs.write([rows[0] for rows in batch])
 
     def is_done(batch: Sequence[Sequence[Row]]) -> bool:
         return all((numbers[cell], edit) in done.written for rows in batch for cell, edit in rows)
@@ -131,23 +100,29 @@ def _texts(
         # Cells that share an unedited prompt share its text.
         sharing: dict[Hashable, list[Row]] = {}
         for cell, edit in _rows(plan, edits, numbers):
-            unedited = ready.chunk.cells[cell].prompts[plan.edits[edit].host]
+            unedited = cells[cell].prompts[plan.edits[edit].host]
             text = unedited if plan.edits[edit].is_unedited else (cell, edit)
             sharing.setdefault(text, []).append((cell, edit))
-        for batch, texts in in_batches(list(sharing.values()), limits.rows, work, is_done):
-            for rows, tokens in zip(batch, texts, strict=True):
-                for cell, edit in rows:
-                    yield Written(numbers[cell], edit, tokens)
+        for texts in _alike(sharing.values(), lambda rows: runs.shape(rows[0], text=True)):
+            for batch, found in in_batches(texts, limits.rows, work, is_done):
+                for rows, tokens in zip(batch, found, strict=True):
+                    for cell, edit in rows:
+                        yield Written(numbers[cell], edit, tokens)
+
+
+def _alike(items: Iterable[T], shape: Callable[[T], Hashable]) -> Iterable[list[T]]:
+    """Items that can share a batch because their `shape` is the same."""
+    groups: dict[Hashable, list[T]] = {}
+    for item in items:
+        groups.setdefault(shape(item), []).append(item)
+    return groups.values()
 
 
 def _groups(
     plan: Plan, edits: Sequence[int], what: Callable[[Edit], Hashable]
 ) -> Iterable[list[int]]:
     """Edits that can share a batch because `what` is the same of them."""
-    groups: dict[Hashable, list[int]] = {}
-    for index in edits:
-        groups.setdefault(what(plan.edits[index]), []).append(index)
-    return groups.values()
+    return _alike(edits, lambda index: what(plan.edits[index]))
 
 
 def _rows(plan: Plan, edits: Sequence[int], numbers: Sequence[int]) -> list[Row]:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, TypedDict
+from typing import TYPE_CHECKING, Any, TypedDict
 
 from persona_nnsight.errors import PersonaError, quoted
 from persona_nnsight.experiments.arguments import Layers, Positions
@@ -21,6 +21,8 @@ class Sites(TypedDict):
     layers: tuple[int, ...]
     positions: tuple[str, ...]
     eos_ids: tuple[int, ...]
+    decoding: dict[str, Any]
+    path: str
 
 
 def sites_of(model: Model, layers: Layers, positions: Positions) -> Sites:
@@ -29,6 +31,8 @@ def sites_of(model: Model, layers: Layers, positions: Positions) -> Sites:
         "layers": parse_layers(layers, model.tree.n_layers),
         "positions": parse_positions(positions),
         "eos_ids": model.eos_ids,
+        "decoding": model.decoding,
+        "path": model.path,
     }
 
 

@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING, Any
 from transformers import PreTrainedConfig
 
 from persona_nnsight.errors import PersonaError
+from persona_nnsight.models.decoding import generation_settings
 from persona_nnsight.models.weights.model_files import CONFIG, GENERATION_CONFIG
 
 if TYPE_CHECKING:
@@ -57,12 +58,9 @@ def _given(directory: Path, config: PreTrainedConfig) -> Iterator[Any]:
     The files themselves are read, as a configuration has a default of its class where they are
     silent, and a model without weights has no generation configuration.
     """
-    for name in (GENERATION_CONFIG, CONFIG):
-        try:
-            settings = json.loads((directory / name).read_text("utf-8"))
-        except FileNotFoundError:
-            continue
-        yield from (part.get("eos_token_id") for part in _text_parts(settings, config))
+    yield generation_settings(directory).get("eos_token_id")
+    settings = json.loads((directory / CONFIG).read_text("utf-8"))
+    yield from (part.get("eos_token_id") for part in _text_parts(settings, config))
 
 
 def _text_parts(settings: dict[str, Any], config: PreTrainedConfig) -> Iterator[dict[str, Any]]:

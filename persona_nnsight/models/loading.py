@@ -4,15 +4,17 @@ from __future__ import annotations
 
 import re
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
 
 from persona_nnsight.errors import PersonaError, first_line
+from persona_nnsight.models.decoding import GREEDY, decoding_of, generation_settings
 from persona_nnsight.models.end_tokens import end_tokens
 from persona_nnsight.models.module_tree import ModuleTree, find_tree, has_few_bits
+from persona_nnsight.models.paths import AUTO, PATHS
 from persona_nnsight.models.unused_tensors import refuse_unused
 from persona_nnsight.models.weights.embedded import ALIAS
 from persona_nnsight.models.weights.model_files import code_references, has_vocabulary
@@ -47,6 +49,9 @@ class Model:
         n_parameters: number of weights.
         has_weights: False for a skeleton that only plans.
         trust_remote_code: whether code that comes with the checkpoint was allowed to run.
+        decoding: settings of the checkpoint that decoding keeps to; none where the largest logit
+            wins.
+        path: which way rows take through the engine: ``auto``, ``fast`` or ``whole``.
     """
 
     lm: TransformersModel
@@ -60,6 +65,8 @@ class Model:
     n_parameters: int
     has_weights: bool
     trust_remote_code: bool = False
+    decoding: dict[str, Any] = field(default_factory=dict)
+    path: str = AUTO
 
     @property
     def rounds(self) -> bool:
@@ -75,6 +82,8 @@ def load_model(
     device: str = "auto",
     attn: str | None = None,
     trust_remote_code: bool = False,
+    decoding: str = GREEDY,
+    path: str = AUTO,
     weights: bool = True,
     fetch: bool = True,
     notify: Callable[[str], None] | None = None,
@@ -95,6 +104,12 @@ def load_model(
         trust_remote_code: run Python code that comes with the checkpoint, where transformers has
             none of its own for it. That code has all rights of this process: read it first, and
             of a hub model give `revision` as a commit, so that it stays what was read.
+        decoding: ``greedy``, where the largest logit wins, or ``checkpoint``: the largest after
+            what the checkpoint's generation_config.json does to logits (a penalty of repetition,
+            tokens that it suppresses), as far as that is the same every time.
+        path: how rows run: ``fast`` shares openings, pads batches and skips layers below an edit;
+            ``whole`` runs every row from its first token, in batches of one length; ``auto`` takes
+            the first where it gives the numbers of the second on two prompts of a plan.
         weights: False builds the skeleton alone, enough to plan a run; of a hub model only the
             configuration and tokenizer are fetched for it.
         fetch: False never downloads or converts weights.
@@ -106,6 +121,11 @@ def load_model(
     """
     placement = _device(device)
     chosen_dtype = _dtype(dtype, placement)
+    if path not in PATHS:
+        raise PersonaError(
+            f"The path {path!r} is not known; use auto (as the model allows), fast (with shared "
+            "openings and padded batches) or whole (every row from its first token)."
+        )
     if attn not in (None, *ATTENTION):
         raise PersonaError(f"Attention {attn!r} is not known; use {', '.join(ATTENTION)}.")
     source = resolve(spec, revision=revision, fetch=fetch, weights=weights, notify=notify)
@@ -136,6 +156,8 @@ def load_model(
         n_parameters=sum(parameter.numel() for parameter in module.parameters()),
         has_weights=weights,
         trust_remote_code=trust_remote_code,
+        decoding=decoding_of(generation_settings(Path(source.path)), decoding),
+        path=path,
     )
 
 
@@ -237,7 +259,7 @@ def _load_lm(
 ) -> TransformersModel:
     """The model with its weights on `device`, or its skeleton when that is None."""
     from nnsight.modeling.transformers import TransformersModel
-    from transformers import AutoModelForCausalLM
+    from transformers import AutoModelForCausalLM, GenerationConfig
 
     if attn is None and getattr(config.get_text_config(decoder=True), _SOFT_CAP, None):
         attn = "eager"
@@ -254,6 +276,7 @@ def _load_lm(
             device_map=device if device == "balanced" else {"": device},
             output_loading_info=True,
             ignore_mismatched_sizes=True,  # to name them below
+            generation_config=GenerationConfig(),  # ours says all; its own may contradict itself
             use_safetensors=True,  # anything else is a pickle, which can run code
             **options,
         )

@@ -9,15 +9,20 @@ from __future__ import annotations
 
 import sys
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import torch
-from transformers.cache_utils import DynamicCache, DynamicSlidingWindowLayer
+from transformers.cache_utils import (
+    DynamicCache,
+    DynamicLayer,
+    DynamicSlidingWindowLayer,
+    LinearAttentionCacheLayerMixin,
+)
 
 from persona_nnsight.errors import PersonaError
 
 if TYPE_CHECKING:
-    from transformers import PreTrainedModel
+    from transformers import PretrainedConfig, PreTrainedModel
 
 #: What families call the norm that a decoder layer begins with.
 _INPUT_NORMS = ("input_layernorm", "ln_1")
@@ -41,6 +46,7 @@ class ModuleTree:
         kv_bytes: bytes that one token takes in the KV cache, all layers together.
         max_length: tokens that the model has positions for.
         window: tokens that the shortest sliding attention window holds.
+        keeps_states: whether a layer keeps something else than keys and values between tokens.
     """
 
     layers: str
@@ -52,6 +58,7 @@ class ModuleTree:
     kv_bytes: int
     max_length: int
     window: int
+    keeps_states: bool
 
 
 def find_tree(model: PreTrainedModel, dtype: torch.dtype) -> ModuleTree:
@@ -80,14 +87,9 @@ def find_tree(model: PreTrainedModel, dtype: torch.dtype) -> ModuleTree:
             f"{n_layers} modules outside a vision or audio tower, such as model.layers or "
             f"transformer.h, and the module lists here are {seen}; please report the architecture."
         )
-    heads = getattr(config, "num_key_value_heads", None) or config.num_attention_heads
-    head_dim = getattr(config, "head_dim", None) or (
-        config.hidden_size // config.num_attention_heads
-    )
+    kept = DynamicCache(config=model.config).layers
     windows = [
-        layer.sliding_window
-        for layer in DynamicCache(config=model.config).layers
-        if isinstance(layer, DynamicSlidingWindowLayer)
+        layer.sliding_window for layer in kept if isinstance(layer, DynamicSlidingWindowLayer)
     ]
     first = next(model.get_submodule(fitting[0]).children())
     children = dict(first.named_children())
@@ -96,12 +98,48 @@ def find_tree(model: PreTrainedModel, dtype: torch.dtype) -> ModuleTree:
         input_norm=next((name for name in _INPUT_NORMS if name in children), None),
         n_layers=n_layers,
         d_model=config.hidden_size,
-        d_mlp=getattr(config, "intermediate_size", None) or 4 * config.hidden_size,
+        d_mlp=max(
+            _number(own, "intermediate_size") or 4 * config.hidden_size
+            for own in _layer_configs(config)
+        ),
         vocab_size=config.vocab_size,
-        kv_bytes=2 * n_layers * heads * head_dim * dtype.itemsize,
-        max_length=getattr(config, "max_position_embeddings", None) or sys.maxsize,
+        kv_bytes=2 * dtype.itemsize * sum(map(_key_width, _layer_configs(config))),
+        max_length=_max_length(config),
         window=min(windows, default=sys.maxsize),
+        keeps_states=any(
+            isinstance(layer, LinearAttentionCacheLayerMixin) or not isinstance(layer, DynamicLayer)
+            for layer in kept
+        ),
     )
+
+
+def _layer_configs(config: PretrainedConfig) -> list[Any]:
+    """The configuration of every decoder layer, which families such as Gemma 4 vary by layer."""
+    view = getattr(config, "per_layer_config", None)
+    layers = range(config.num_hidden_layers)
+    return [config if view is None else view[layer] for layer in layers]
+
+
+def _number(config: Any, name: str) -> int | None:
+    """A size in a configuration, the largest where it is given by layer; None where it is not."""
+    value = getattr(config, name, None)
+    return max(value, default=None) if isinstance(value, list | tuple) else value
+
+
+def _key_width(config: Any) -> int:
+    """Numbers that the keys of one token have in a layer."""
+    heads = _number(config, "num_key_value_heads") or config.num_attention_heads
+    head_dim = _number(config, "head_dim") or config.hidden_size // config.num_attention_heads
+    return heads * head_dim
+
+
+def _max_length(config: PretrainedConfig) -> int:
+    """Tokens that a model has positions for."""
+    length = _number(config, "max_position_embeddings") or sys.maxsize
+    rope = getattr(config, "rope_parameters", None) or {}
+    if rope.get("rope_type") == "dynamic":  # stretched from this length on
+        length = int(length * rope.get("factor", 1.0))
+    return length
 
 
 def has_few_bits(dtype: torch.dtype) -> bool:

@@ -4,10 +4,11 @@ from __future__ import annotations
 
 import hashlib
 from collections.abc import Sequence
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from persona_nnsight.errors import PersonaError
 from persona_nnsight.method.conditions import DONOR_KEY, RESIDUAL_KEYS, TASK_KEY
+from persona_nnsight.models.paths import AUTO
 from persona_nnsight.plan.plan import CellPlan, Edit, Given, Plan
 from persona_nnsight.prompts.encoding import encode_prompt
 from persona_nnsight.prompts.prompt import Prompt
@@ -31,6 +32,8 @@ def build_plan(
     seed: int = 0,
     eos_ids: tuple[int, ...] = (),
     given_x: dict[str, Given] | None = None,
+    decoding: dict[str, Any] | None = None,
+    path: str = AUTO,
 ) -> Plan:
     """Encode a grid's prompts and lay out its cells.
 
@@ -81,6 +84,8 @@ def build_plan(
         pad_id=pad_id if isinstance(pad_id, int) else 0,
         seed=seed,
         given_x=given_x,
+        decoding=decoding or {},
+        path=path,
     )
     shortest = min(plan.prompts, key=lambda prompt: len(prompt.ids))
     if len(shortest.ids) <= plan.tail:

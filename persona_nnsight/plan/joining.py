@@ -133,6 +133,8 @@ def _check_common(plans: Sequence[Plan]) -> set[int]:
         (plan.given_x, plan.seed) != (first.given_x, first.seed) for plan in plans
     ):
         raise ValueError("plans with different windows, seeds or given effects cannot be joined")
+    if any((plan.decoding, plan.path) != (first.decoding, first.path) for plan in plans):
+        raise ValueError("plans that decode or run their rows in other ways cannot be joined")
     if any(set(plan.eos_ids) != set(first.eos_ids) for plan in plans):
         raise ValueError("plans whose texts end at different tokens cannot be joined")
     # Given effects are numbered by the plan's own positions and layers.

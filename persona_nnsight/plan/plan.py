@@ -7,12 +7,13 @@ server, and needs no model weights.
 from __future__ import annotations
 
 from collections.abc import Hashable, Iterable
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import cached_property
 from typing import Any
 
 from persona_nnsight.method.conditions import TASK_KEY
 from persona_nnsight.method.sites import generated_index
+from persona_nnsight.models.paths import AUTO
 from persona_nnsight.plan.interventions import Intervention
 from persona_nnsight.prompts.prompt import Prompt, user_last
 
@@ -102,6 +103,10 @@ class Plan:
         given_x: Δ_X to use in place of the run's own, by persona: [positions][layers][d_model].
         continuation: length of the clean continuation, at least `last_generated` + 1 and as much
             as the windows of the edits reach; None for the window of the last position.
+        decoding: settings of the checkpoint that decoding keeps to, by their names in transformers
+            (`persona_nnsight.models.decoding`); none where the largest logit wins.
+        path: through the engine: ``fast``, ``whole``, or ``auto``, where the model decides
+            (`persona_nnsight.models.paths`).
     """
 
     command: str
@@ -117,6 +122,8 @@ class Plan:
     seed: int
     given_x: dict[str, Given] | None = None
     continuation: int | None = None
+    decoding: dict[str, Any] = field(default_factory=dict)
+    path: str = AUTO
 
     @property
     def last_generated(self) -> int:

@@ -13,6 +13,8 @@ from persona_nnsight.plan.plan import CellPlan, Plan, unique_prompts
 _LEAST_SAVED = 32
 #: Tokens of padding in a batch: as many as another forward costs, which reads all weights again.
 _MOST_PADDING = 64
+#: In a probing tree, tokens of a short step, and of an opening that is cut in two at all.
+_SHORT_STEP, _LEAST_CUT = 3, 6
 
 
 @dataclass(frozen=True)
@@ -64,14 +66,49 @@ def prefix_tree(
         most_tokens: in a batch, padding included.
     """
     prompts = tuple(unique_prompts(plan, cells))
-    openings = [plan.prompts[index].ids[: -plan.tail] for index in prompts]
-    longest = max(map(len, openings)) + plan.tail + max(plan.reference_tokens, plan.longest_text)
-    if longest >= window:
-        every = tuple(range(len(openings)))
-        apart = tuple(Segment(None, opening, 0) for opening in openings)
-        return PrefixTree(prompts, apart, every, (every,))
+    openings = _openings(plan, prompts)
+    if _slides(plan, openings, window):
+        return _apart(prompts, openings)
     segments, last = lay_out(openings)
     return PrefixTree(prompts, tuple(segments), tuple(last), _batches(segments, most_tokens))
+
+
+def probing_tree(plan: Plan, prompts: Sequence[int], *, window: int) -> PrefixTree:
+    """Lay out the openings of some prompts in two steps, with padding before and between them.
+
+    That is all that `prefix_tree` may do, whether it would with these prompts or not.
+    """
+    openings = _openings(plan, prompts)
+    if _slides(plan, openings, window) or min(map(len, openings)) < _LEAST_CUT:
+        return _apart(prompts, openings)
+    # Short steps beside long ones: much padding before the first step of one and the second of the
+    # other, and lengths on both sides of any at which a model changes its mind.
+    cuts = [
+        len(own) - _SHORT_STEP if number % 2 else _SHORT_STEP for number, own in enumerate(openings)
+    ]
+    pairs = list(zip(openings, cuts, strict=True))
+    count = len(openings)
+    segments = [Segment(None, opening[:cut], 0) for opening, cut in pairs]
+    segments += [Segment(number, opening[cut:], 1) for number, (opening, cut) in enumerate(pairs)]
+    first, second = tuple(range(count)), tuple(range(count, 2 * count))
+    return PrefixTree(tuple(prompts), tuple(segments), second, (first, second))
+
+
+def _openings(plan: Plan, prompts: Sequence[int]) -> list[tuple[int, ...]]:
+    return [plan.prompts[index].ids[: -plan.tail] for index in prompts]
+
+
+def _slides(plan: Plan, openings: Sequence[tuple[int, ...]], window: int) -> bool:
+    """Whether a row of the plan may get as long as a sliding window."""
+    longest = max(map(len, openings)) + plan.tail + max(plan.reference_tokens, plan.longest_text)
+    return longest >= window
+
+
+def _apart(prompts: Sequence[int], openings: Sequence[tuple[int, ...]]) -> PrefixTree:
+    """Every opening by itself, all in one batch."""
+    every = tuple(range(len(openings)))
+    segments = tuple(Segment(None, opening, 0) for opening in openings)
+    return PrefixTree(tuple(prompts), segments, every, (every,))
 
 
 def lay_out(openings: Sequence[tuple[int, ...]]) -> tuple[list[Segment], list[int]]:

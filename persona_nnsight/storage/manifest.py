@@ -11,6 +11,8 @@ from importlib.metadata import version
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from persona_nnsight.models.decoding import CHECKPOINT, GREEDY
+
 if TYPE_CHECKING:
     from persona_nnsight.models.loading import Model
     from persona_nnsight.plan.costs import Cost
@@ -60,6 +62,7 @@ def run_manifest(
             **({} if margin is None else {"margin": margin}),
         },
         **_origin(model, where),
+        "decoding": {"name": CHECKPOINT if plan.decoding else GREEDY, "settings": plan.decoding},
         "grid": grid.to_dict(),
         "cells": [
             {

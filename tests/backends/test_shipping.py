@@ -81,17 +81,25 @@ def test_the_shipped_modules_import_what_a_server_has(sources: dict[str, str]) -
 def test_the_shipped_modules_are_plain(sources: dict[str, str]) -> None:
     package = next(iter(sources))
     names = {name.removeprefix(package).lstrip(".") for name in sources}
-    assert {"", "backends", "backends.wire.job", "engine.run", "engine.score", "plan.plan"} <= names
+    assert {
+        "",
+        "backends",
+        "backends.wire.job",
+        "engine.run",
+        "engine.whole.score",
+        "plan.plan",
+    } <= names
     # Of the rooms below the engine, what it needs; of those above it, nothing.
     assert {name for name in names if name.startswith(("prompts.", "models."))} == {
         "prompts.prompt",
         "models.module_tree",
+        "models.paths",
     }
     assert not names & {"plan.building", "plan.joining", "backends.ndif"}
     above = ("persona_cli", "storage", "analysis", "report", "experiments", "reproduction")
     assert not [name for name in names if name.startswith(above)]
     assert sources[package] == ""
-    assert sum(map(len, sources.values())) < 150_000
+    assert sum(map(len, sources.values())) < 200_000
 
 
 def test_the_package_has_a_name_of_its_own(sources: dict[str, str]) -> None:

@@ -20,11 +20,11 @@ from transformers.integrations.sdpa_attention import sdpa_attention_forward
 from trees import plan_of
 
 from persona_nnsight import Model, load_model
-from persona_nnsight.engine import attention
-from persona_nnsight.engine.attention import grouped_attention
-from persona_nnsight.engine.inputs import forward_inputs
-from persona_nnsight.engine.kv_cache import KVCache, gather
-from persona_nnsight.engine.prefill import prefill
+from persona_nnsight.engine.fast import attention
+from persona_nnsight.engine.fast.attention import grouped_attention
+from persona_nnsight.engine.fast.inputs import forward_inputs
+from persona_nnsight.engine.fast.kv_cache import KVCache, gather
+from persona_nnsight.engine.fast.prefill import prefill
 from persona_nnsight.plan.prefix_tree import PrefixTree, prefix_tree
 
 Tokens = list[int]

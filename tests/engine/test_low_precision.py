@@ -10,7 +10,8 @@ from cells import TINY_GRID
 from tiny import Tiny, TinyDir
 
 from persona_nnsight import Grid, Model, load_model, steer, substitute
-from persona_nnsight.engine import score as scoring
+from persona_nnsight.engine import clean
+from persona_nnsight.engine.fast import runs, score
 from persona_nnsight.engine.wide_logits import wide_logits
 
 DTYPES = ("bfloat16", "float16")
@@ -96,8 +97,9 @@ def test_an_edited_row_is_set_against_one_of_its_own_batch(
             asked.append((str(chunk.dtype), edit.host, found))
         return found
 
-    own = scoring.has_own_reference
-    monkeypatch.setattr(scoring, "has_own_reference", watched)
+    own = clean.has_own_reference
+    for module in (runs, score):
+        monkeypatch.setattr(module, "has_own_reference", watched)
     low = load_model(str(tiny_dir("llama")), dtype="bfloat16")
     for model in (low, tiny("llama")):
         for host in ("xy", "by"):

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from dataclasses import replace
 from functools import partial
 from typing import Any
 
@@ -19,8 +20,9 @@ from transformers import LlamaConfig
 
 from persona_nnsight import Grid, PersonaError
 from persona_nnsight.backends.local import LocalBackend
-from persona_nnsight.engine import run as engine_run
+from persona_nnsight.engine.fast.runs import FastRuns
 from persona_nnsight.engine.memory import in_batches
+from persona_nnsight.engine.whole.runs import WholeRuns
 from persona_nnsight.experiments.execution import execute
 from persona_nnsight.experiments.substitute import Substitute, substitute
 from persona_nnsight.plan.costs import Limits, fit_limits, working_bytes
@@ -70,22 +72,36 @@ def test_other_errors_are_not_taken_for_it() -> None:
         list(in_batches(range(4), 4, work))
 
 
-@pytest.mark.parametrize("step", ["extend", "score", "write"])
-def test_a_run_goes_on_in_halves(tiny64: Tiny, step: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    model = tiny64("llama")
+@pytest.mark.parametrize("path", ["fast", "whole"])
+@pytest.mark.parametrize("step", ["make", "score", "write"])
+def test_a_run_goes_on_in_halves(
+    tiny64: Tiny, step: str, path: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    # Prompts of one length, so that rows share batches on both paths.
+    grid = Grid.from_dict(
+        {
+            "name": "even",
+            "baseline": {"persona": "someone", "task": "do it well."},
+            "personas": {"a": "Old Poe", "b": "Old Kim", "c": "Old Lee"},
+            "tasks": {"x": "sing a song", "y": "cook a soup"},
+        }
+    )
+    model = replace(tiny64("llama"), path=path)
     options: dict[str, Any] = {"layers": (2,), "positions": "p_last,g1", "generate": 4}
-    whole = substitute(model, TINY_GRID, **options)
-    real, failed = getattr(engine_run, step), []
+    whole = substitute(model, grid, **options)
+    kind: Any = {"fast": FastRuns, "whole": WholeRuns}[path]
+    name = "__init__" if step == "make" else step
+    real, failed = getattr(kind, name), []
 
-    def scarce(chunk: Any, recorded: Any, *rest: Any) -> Any:
-        rows = len(chunk.cells) if step == "extend" else len(rest[-1])
+    def scarce(runs: Any, batch: Any, *rest: Any) -> Any:
+        rows = len(batch.cells) if step == "make" else len(batch)
         if rows > 2:
             failed.append(rows)
             raise torch.OutOfMemoryError("CUDA out of memory.")
-        return real(chunk, recorded, *rest)
+        return real(runs, batch, *rest)
 
-    monkeypatch.setattr(engine_run, step, scarce)
-    halved = substitute(model, TINY_GRID, **options)
+    monkeypatch.setattr(kind, name, scarce)
+    halved = substitute(model, grid, **options)
     assert failed
     assert halved.texts == whole.texts
     assert halved.continuations == whole.continuations

@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from unittest.mock import patch
@@ -26,6 +26,7 @@ from torch import Tensor
 
 from persona_nnsight import Grid, Model, load_model
 from persona_nnsight.backends.local import LocalBackend
+from persona_nnsight.engine.self_check import find_path
 from persona_nnsight.experiments.capture import Capture
 from persona_nnsight.experiments.execution import execute
 from persona_nnsight.experiments.inject import Inject
@@ -55,6 +56,7 @@ class Shape:
     head_width: int
     window: int
     eos_early: bool
+    path: str
 
 
 @st.composite
@@ -69,6 +71,7 @@ def shapes(draw: DrawFn) -> Shape:
         head_width=draw(st.sampled_from([8, 16] if heads == 2 else [8])),
         window=draw(st.sampled_from((4, 8, 30, 1000))),
         eos_early=draw(st.booleans()),
+        path=draw(st.sampled_from(("fast", "whole"))),
     )
 
 
@@ -88,7 +91,7 @@ def built(shape: Shape) -> Iterator[Model]:
         stack.enter_context(patch.object(tiny, "SEED", shape.seed))
         path = Path(stack.enter_context(TemporaryDirectory()))
         tiny.make_model_dir(shape.family, path, eos_early=shape.eos_early)
-        model = doubled(load_model(str(path)))
+        model = doubled(load_model(str(path), path=shape.path))
         stack.enter_context(in_float64())
         yield model
 
@@ -168,7 +171,12 @@ def test_every_number_is_the_oracles(
 ) -> None:
     with built(shape) as model:
         plan = data.draw(plans(model, grid))
-        with patch.object(LocalBackend, "limits", lambda self, plan: limits):
+        path = find_path(model.lm, model.tree, plan)
+        assert path.name == shape.path
+        assert path.causal
+        assert path.keeps_cache
+        chosen = replace(limits, path=path)
+        with patch.object(LocalBackend, "limits", lambda self, plan: chosen):
             result = execute(model, study_of(grid, plan))
         eos = tiny.EARLY_EOS_IDS if shape.eos_early else (tiny.IM_END_ID,)
         oracle = Oracle(reference_of(model, eos), plan, grid, result)

@@ -4,24 +4,39 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping
+from dataclasses import replace
 from typing import Any
 
 import pytest
 from cells import TINY_GRID, cell_prompts, decode, lookup, reference_of
 from reference import Reference, decomposition, generated_index, kl, vector
 from rounding import KL32, KL64, assert_close, assert_same_table
-from tiny import EARLY_EOS_IDS, FAMILIES, Tiny
+from tiny import DEMANDING, EARLY_EOS_IDS, FAMILIES, Tiny
 
 from persona_nnsight import Grid, capture, inject, substitute
 from persona_nnsight.backends.local import LocalBackend
+from persona_nnsight.engine.self_check import find_path
 from persona_nnsight.method.conditions import ROUNDED, SUBSTITUTE_CONDITIONS
 from persona_nnsight.method.edit_vectors import seeded_noise
 from persona_nnsight.plan.costs import Limits
+from persona_nnsight.plan.plan import Plan
 
 #: Those that run where nobody chooses.
 FLOAT32_CONDITIONS = [name for name in SUBSTITUTE_CONDITIONS if name != ROUNDED]
+#: Every family as it runs, and some whose rows need not be whole, with whole ones.
+WAYS = [
+    *((family, "auto") for family in [*FAMILIES, *DEMANDING]),
+    *((family, "whole") for family in ("llama", "gemma2", "gemma3_vlm", "mistral", "gpt2")),
+]
+#: Of the demanding families, those whose text an edit changes.
+TALKATIVE = [family for family in DEMANDING if family != "mpt"]
 LAYERS = (2, 4)
 POSITIONS = ("p_user_last", "p_last", "g1", "g3")
+
+
+def in_small_pieces(self: LocalBackend, plan: Plan) -> Limits:
+    """Batch sizes that cut a plan in many pieces, on the path that the model takes."""
+    return Limits(cells=2, rows=5, path=find_path(self.model.lm, self.model.tree, plan))
 
 
 def random_kl(
@@ -44,9 +59,9 @@ def random_kl(
     return kl(clean, reference.logprobs(sequence, start, 10, {layer: {site: written}}))
 
 
-@pytest.mark.parametrize("family", FAMILIES)
-def test_capture_matches_reference(tiny64: Tiny, family: str) -> None:
-    model = tiny64(family)
+@pytest.mark.parametrize(("family", "path"), WAYS)
+def test_capture_matches_reference(tiny64: Tiny, family: str, path: str) -> None:
+    model = replace(tiny64(family), path=path)
     reference = reference_of(model)
     result = capture(model, TINY_GRID, layers=(0, 2, 4), positions=POSITIONS)
     for index, cell in list(enumerate(TINY_GRID.cells))[::5]:
@@ -65,9 +80,9 @@ def test_capture_matches_reference(tiny64: Tiny, family: str) -> None:
                     assert_close(result.residuals[key][index, p, j], expected)
 
 
-@pytest.mark.parametrize("family", FAMILIES)
-def test_substitution_matches_reference(tiny64: Tiny, family: str) -> None:
-    model = tiny64(family)
+@pytest.mark.parametrize(("family", "path"), WAYS)
+def test_substitution_matches_reference(tiny64: Tiny, family: str, path: str) -> None:
+    model = replace(tiny64(family), path=path)
     reference = reference_of(model)
     result = substitute(model, TINY_GRID, layers=(0, 2, 4), positions=POSITIONS)
     found = lookup(result)
@@ -112,9 +127,9 @@ def test_float32_differs_by_rounding(tiny: Tiny, tiny64: Tiny, family: str) -> N
     assert_same_table(kl.frame(), kl64.frame(), KL32)
 
 
-@pytest.mark.parametrize("family", FAMILIES)
-def test_injection_matches_reference(tiny64: Tiny, family: str) -> None:
-    model = tiny64(family)
+@pytest.mark.parametrize(("family", "path"), WAYS)
+def test_injection_matches_reference(tiny64: Tiny, family: str, path: str) -> None:
+    model = replace(tiny64(family), path=path)
     reference = reference_of(model)
     result = inject(model, TINY_GRID, layers="1-3", each=True)
     found = lookup(result)
@@ -172,10 +187,16 @@ def test_geometry_of_a_grid_without_another_persona(tiny: Tiny) -> None:
     assert not {"cos_xy_other", "rest_other"} & set(table)
 
 
-@pytest.mark.parametrize("family", ["llama", "gemma3_vlm", "mistral", "gpt2"])
-def test_generated_text_matches_reference(tiny64: Tiny, family: str) -> None:
+@pytest.mark.parametrize(
+    ("family", "path"),
+    [
+        *((family, "auto") for family in ("llama", "gemma3_vlm", "mistral", "gpt2", *TALKATIVE)),
+        *(("llama", "whole"), ("gemma3_vlm", "whole")),
+    ],
+)
+def test_generated_text_matches_reference(tiny64: Tiny, family: str, path: str) -> None:
     """Greedy text under an edit, at prompt and generated positions, in XY and in the BY host."""
-    model = tiny64(family)
+    model = replace(tiny64(family), path=path)
     reference = reference_of(model)
     grid = TINY_GRID.select(["marx"], ["haiku", "review"])
     options = {"layers": (2,), "positions": "p_user_last,p_last,g2", "generate": 8}
@@ -212,11 +233,20 @@ def test_generated_text_matches_reference(tiny64: Tiny, family: str) -> None:
     assert by_condition["oracle"] == decode(model, reference.greedy(host_ids, 8, edits))
 
 
-@pytest.mark.parametrize("family", ["llama", "gemma2"])
+@pytest.mark.parametrize(
+    ("family", "path"),
+    [
+        ("llama", "auto"),
+        ("llama", "whole"),
+        ("gemma2", "auto"),
+        ("mpt", "auto"),
+        ("longrope", "auto"),
+    ],
+)
 def test_a_cell_does_not_depend_on_its_neighbours(
-    tiny64: Tiny, family: str, monkeypatch: pytest.MonkeyPatch
+    tiny64: Tiny, family: str, path: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    model = tiny64(family)
+    model = replace(tiny64(family), path=path)
     options: dict[str, Any] = {"layers": LAYERS, "positions": POSITIONS, "generate": 6}
     run = substitute(model, TINY_GRID, **options)
     whole = lookup(run)
@@ -226,7 +256,7 @@ def test_a_cell_does_not_depend_on_its_neighbours(
     for row, value in alone.items():
         assert value == pytest.approx(whole[row], abs=KL64), row
 
-    monkeypatch.setattr(LocalBackend, "limits", lambda self, plan: Limits(cells=2, rows=5))
+    monkeypatch.setattr(LocalBackend, "limits", in_small_pieces)
     in_pieces = substitute(model, TINY_GRID, **options)
     cut = lookup(in_pieces)
     for row, value in whole.items():
@@ -248,9 +278,14 @@ def test_a_cell_does_not_depend_on_its_neighbours(
         assert text.text == expected[text.persona, text.task, text.condition]
 
 
-@pytest.mark.parametrize("family", ["llama", "qwen2", "phi3"])
-def test_a_continuation_that_ends_early_shortens_the_window(tiny64: Tiny, family: str) -> None:
-    model = tiny64(family, eos_early=True)
+@pytest.mark.parametrize(
+    ("family", "path"),
+    [*((family, "auto") for family in ("llama", "qwen2", "phi3", "longrope")), ("qwen2", "whole")],
+)
+def test_a_continuation_that_ends_early_shortens_the_window(
+    tiny64: Tiny, family: str, path: str
+) -> None:
+    model = replace(tiny64(family, eos_early=True), path=path)
     reference = reference_of(model, EARLY_EOS_IDS)
     result = substitute(
         model,

@@ -20,7 +20,10 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 Edits = Mapping[int, Mapping[int, Tensor]]
 """{layer: {absolute position: vector}}: what to write into the residual stream, and where."""
 
-LAYER_PATHS = ("model.language_model.layers", "model.layers", "transformer.h", "gpt_neox.layers")
+LAYER_PATHS = (
+    *("model.language_model.layers", "model.layers", "transformer.h", "transformer.blocks"),
+    "gpt_neox.layers",
+)
 CONDITIONS = ("additive", "remove_x", "remove_y", "bb", "by", "xb", "clean", "other_x")
 INJECTIONS = ("host", "oracle", "cached")
 

@@ -23,14 +23,20 @@ from transformers import (
     Gemma3ForCausalLM,
     Gemma3ForConditionalGeneration,
     Gemma3TextConfig,
+    Gemma4ForCausalLM,
+    Gemma4TextConfig,
     GPT2Config,
     GPT2LMHeadModel,
+    GPTNeoConfig,
+    GPTNeoForCausalLM,
     GPTNeoXConfig,
     GPTNeoXForCausalLM,
     LlamaConfig,
     LlamaForCausalLM,
     MistralConfig,
     MistralForCausalLM,
+    MptConfig,
+    MptForCausalLM,
     Olmo2Config,
     Olmo2ForCausalLM,
     Phi3Config,
@@ -56,6 +62,8 @@ Tiny = Callable[..., "Model"]
 N_LAYERS = 5
 SLIDING_WINDOW = 8  # Gemma families, every other layer; layer 0 slides, as in the real ones
 MISTRAL_WINDOW = 24  # every layer slides: with 8, no layer's p_last would reach back to the persona
+GPT_NEO_WINDOW = 30
+LONGROPE_FROM = 85  # tokens; the prompts of the tests' grid are shorter and longer
 SEED = 20260523
 
 IM_START, IM_END, PAD = "<|im_start|>", "<|im_end|>", "<pad>"
@@ -252,6 +260,81 @@ def _gpt2() -> PreTrainedModel:
     )
 
 
+def _mpt() -> PreTrainedModel:
+    """ALiBi: keys are weighed by their column, not by their position."""
+    return _build(
+        MptForCausalLM,
+        MptConfig(
+            vocab_size=VOCAB_SIZE,
+            d_model=_TEXT["hidden_size"],
+            n_layers=N_LAYERS,
+            n_heads=_TEXT["num_attention_heads"],
+            expansion_ratio=4,
+            max_seq_len=1024,
+            **_IDS,
+        ),
+    )
+
+
+def _gpt_neo() -> PreTrainedModel:
+    """Every other layer sees the last `GPT_NEO_WINDOW` columns, padding among them."""
+    return _build(
+        GPTNeoForCausalLM,
+        GPTNeoConfig(
+            vocab_size=VOCAB_SIZE,
+            max_position_embeddings=1024,
+            hidden_size=_TEXT["hidden_size"],
+            num_layers=N_LAYERS + 1,
+            attention_types=[[["global", "local"], (N_LAYERS + 1) // 2]],
+            num_heads=_TEXT["num_attention_heads"],
+            window_size=GPT_NEO_WINDOW,
+            **_IDS,
+        ),
+    )
+
+
+def _longrope() -> PreTrainedModel:
+    """Short or long factors for all rows of a batch, by its longest (Phi-3.5)."""
+    factors = {"short_factor": [1.0, 1.0, 1.0, 1.0], "long_factor": [1.0, 2.0, 8.0, 16.0]}
+    return _build(
+        Phi3ForCausalLM,
+        Phi3Config(
+            **_TEXT,
+            original_max_position_embeddings=LONGROPE_FROM,
+            rope_parameters={
+                "rope_type": "longrope",
+                "rope_theta": 10000.0,
+                "partial_rotary_factor": 1.0,
+                "original_max_position_embeddings": LONGROPE_FROM,
+                **factors,
+            },
+        ),
+    )
+
+
+def _dynamic_rope() -> PreTrainedModel:
+    """Positions stretched by the length of the longest row."""
+    sizes = {**_TEXT, "max_position_embeddings": LONGROPE_FROM}
+    scaling = {"rope_type": "dynamic", "rope_theta": 10000.0, "factor": 8.0}
+    return _build(LlamaForCausalLM, LlamaConfig(**sizes, rope_parameters=scaling))
+
+
+def _gemma4() -> PreTrainedModel:
+    """The last two layers take the keys and values of layers below them."""
+    return _build(
+        Gemma4ForCausalLM,
+        Gemma4TextConfig(
+            **_TEXT,
+            head_dim=8,
+            sliding_window=SLIDING_WINDOW,
+            hidden_size_per_layer_input=8,
+            vocab_size_per_layer_input=VOCAB_SIZE,
+            num_kv_shared_layers=2,
+            layer_types=[_ALTERNATING[i in (1, 4)] for i in range(N_LAYERS)],
+        ),
+    )
+
+
 FAMILIES: dict[str, Callable[[], PreTrainedModel]] = {
     "llama": _llama,
     "qwen2": _qwen2,
@@ -265,6 +348,16 @@ FAMILIES: dict[str, Callable[[], PreTrainedModel]] = {
     "gpt_neox": _gpt_neox,
     "gpt2": _gpt2,
 }
+"""Those whose rows may be padded, cached, cut, and entered at any layer."""
+
+DEMANDING: dict[str, Callable[[], PreTrainedModel]] = {
+    "mpt": _mpt,
+    "gpt_neo": _gpt_neo,
+    "longrope": _longrope,
+    "dynamic_rope": _dynamic_rope,
+    "gemma4": _gemma4,
+}
+"""Those that do not bear all of it."""
 
 
 def _randomize(model: PreTrainedModel) -> None:
@@ -296,7 +389,7 @@ def make_model_dir(
     directory.mkdir(parents=True, exist_ok=True)
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(SEED)
-        model = FAMILIES[family]()
+        model = {**FAMILIES, **DEMANDING}[family]()
         _randomize(model)
     eos = EARLY_EOS_IDS if eos_early else IM_END_ID
     model.config.eos_token_id = eos

@@ -34,6 +34,9 @@ _FIRST_PATIENCE = 15.0
 #: A job is sent at most so often before somebody is told.
 _ATTEMPTS = 3
 
+#: What a job says of how it ran, for ``run.json``.
+_SERVED = ("dtype", "device", "attention", "path", "versions")
+
 #: How the server begins to tell of its own troubles, which another attempt may not meet.
 _PASSING = (
     "Critical server error",
@@ -180,7 +183,7 @@ class Courier:
         try:
             facts = result["facts"]
             started, seconds = float(facts["started"]), float(facts["seconds"])
-            served = {name: facts[name] for name in ("dtype", "device", "attention", "versions")}
+            served = {name: facts[name] for name in _SERVED}
             if not (math.isfinite(started) and math.isfinite(seconds)):
                 raise ValueError("times that are no numbers")
             json.dumps(served)

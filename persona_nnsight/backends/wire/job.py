@@ -20,6 +20,7 @@ import transformers
 
 from persona_nnsight.engine.chunk import is_far
 from persona_nnsight.engine.memory import default_budget
+from persona_nnsight.engine.self_check import find_path
 from persona_nnsight.errors import PersonaError
 from persona_nnsight.models.module_tree import ModuleTree, find_tree
 from persona_nnsight.plan.costs import Limits, fit_limits
@@ -60,7 +61,8 @@ def run_job(lm: Any, function: str, plan: str, dtype: str | None, attention: str
     carry_out = getattr(import_module(module), attribute)
     with _attention(lm, attention):
         served_attention = str(lm._module.config._attn_implementation)
-        events, tensors = pack(carry_out(lm, tree, asked, _limits(asked, tree)))
+        limits = _limits(lm, tree, asked)
+        events, tensors = pack(carry_out(lm, tree, asked, limits))
     return {
         "events": events,
         "tensors": tensors,
@@ -68,6 +70,7 @@ def run_job(lm: Any, function: str, plan: str, dtype: str | None, attention: str
             "dtype": name,
             "device": device,
             "attention": served_attention,
+            "path": limits.path.to_data(),
             "started": started,
             "seconds": time.perf_counter() - start,
             "versions": {
@@ -120,7 +123,8 @@ def _served(lm: Any, tree: ModuleTree, plan: Plan) -> tuple[torch.dtype, str]:
     return hidden.dtype, str(hidden.device)
 
 
-def _limits(plan: Plan, tree: ModuleTree) -> Limits:
+def _limits(lm: Any, tree: ModuleTree, plan: Plan) -> Limits:
     gpu = torch.cuda.is_available()
     budget = default_budget("balanced" if gpu else "cpu")  # by the GPU with the least memory
-    return fit_limits(plan, tree, budget=budget, gpu=gpu)
+    path = find_path(lm, tree, plan)
+    return fit_limits(plan, tree, budget=budget, gpu=gpu, path=path)

@@ -9,31 +9,14 @@ import torch
 from torch import Tensor
 
 from persona_nnsight.engine.chunk import Chunk
+from persona_nnsight.engine.clean import Clean
 from persona_nnsight.engine.decode import Decoded
-from persona_nnsight.engine.finite import output_not_finite
-from persona_nnsight.engine.inputs import forward_inputs, last_tokens
-from persona_nnsight.engine.kv_cache import KVCache
+from persona_nnsight.engine.fast.inputs import forward_inputs
+from persona_nnsight.engine.fast.kv_cache import KVCache
+from persona_nnsight.engine.fast.prefill import Prefix, room
+from persona_nnsight.engine.plain import last_tokens
 from persona_nnsight.engine.read import Sites, read_layer
 from persona_nnsight.plan.plan import Edit, Plan
-
-
-@dataclass(frozen=True)
-class Clean:
-    """What the unedited role prompt predicts, which every KL is taken from.
-
-    Attributes:
-        logprobs: of the continuation's tokens, float32 [cells, reference_tokens, vocab].
-        probs: their exponentials, which cost as much as the rest of a KL if taken for every row.
-    """
-
-    logprobs: Tensor
-    probs: Tensor
-
-    @classmethod
-    def of(cls, logits: Tensor) -> Clean:
-        """What logits of any dtype predict."""
-        logprobs = logits.float().log_softmax(-1)
-        return cls(logprobs, logprobs.exp())
 
 
 @dataclass(frozen=True)
@@ -67,15 +50,22 @@ class HostRun:
         return self.kv.mask.shape[1] > self.opening
 
 
-def extend(chunk: Chunk, decoded: Decoded, key: str) -> HostRun:
-    """Run the prompts `key` of all cells over XY's continuation."""
-    lm, plan, layers, prefix = chunk.lm, chunk.plan, chunk.layers, chunk.prefix
+def extend(chunk: Chunk, prefix: Prefix, decoded: Decoded, key: str, deepest: int) -> HostRun:
+    """Run the prompts `key` of all cells over XY's continuation.
+
+    Args:
+        chunk, prefix, decoded: the cells, their prompts, and what XY goes on with.
+        key: the prompt, XY or BY.
+        deepest: the highest layer at which an edited run may begin.
+    """
+    lm, plan, layers = chunk.lm, chunk.plan, chunk.layers
     prompts = [cell.prompts[key] for cell in chunk.cells]
-    rows = chunk.rows(prompts)
+    rows = prefix.rows(prompts)
     fed = plan.tail + plan.continued
     ids = torch.cat([prefix.tails[rows], decoded.continuations], dim=1)[:, :fed]
-    entries = {entry_layer(plan, edit) for edit in plan.edits if edit.scored and edit.host == key}
-    inputs = forward_inputs(prefix.kv.select(rows, room=chunk.room(fed)), ids)
+    scored = [edit for edit in plan.edits if edit.scored and edit.host == key]
+    entries = {entry_layer(plan, edit, deepest) for edit in scored}
+    inputs = forward_inputs(prefix.kv.select(rows, room=room(lm, fed)), ids)
     is_clean = key == "XY"
     kept = plan.reference_tokens if is_clean and plan.is_scored else 0
     where = {name: chunk.token_offsets(prompts, name) for name in plan.positions if is_clean}
@@ -101,18 +91,10 @@ def extend(chunk: Chunk, decoded: Decoded, key: str) -> HostRun:
     return HostRun(key, ids, opening, kv, residuals, sites, clean if kept else None)
 
 
-def check_clean(chunk: Chunk, decoded: Decoded, clean: Clean) -> None:
-    """Refuse logits of the unedited role prompt that are not numbers.
+def entry_layer(plan: Plan, edit: Edit, deepest: int) -> int:
+    """The layer at which stored residuals enter: everything below is as in the unedited run.
 
-    Raises:
-        PersonaError: says where they come from.
+    At most `deepest`: later layers may need what those below leave besides the residual.
     """
-    for cell, length in enumerate(decoded.lengths.tolist()):
-        if clean.logprobs[cell, :length].isnan().any():
-            raise output_not_finite(chunk, "XY", cell, decoded.continuations[cell])
-
-
-def entry_layer(plan: Plan, edit: Edit) -> int:
-    """The layer at which stored residuals enter: everything below is as in the unedited run."""
     lowest = edit.intervention.lowest_layer
-    return max(plan.layers) if lowest is None else lowest
+    return min(deepest, max(plan.layers) if lowest is None else lowest)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from typing import Any
 
 import nnsight
@@ -10,12 +11,42 @@ import torch
 from torch import Tensor
 from transformers.cache_utils import DynamicLayer, LinearAttentionCacheLayerMixin
 
-from persona_nnsight.engine.chunk import Prefix, is_far
-from persona_nnsight.engine.inputs import forward_inputs, last_tokens
-from persona_nnsight.engine.kv_cache import KVCache, gather
+from persona_nnsight.engine.chunk import is_far
+from persona_nnsight.engine.fast.inputs import forward_inputs
+from persona_nnsight.engine.fast.kv_cache import KVCache, gather
+from persona_nnsight.engine.plain import last_tokens
 from persona_nnsight.errors import PersonaError
 from persona_nnsight.plan.plan import Plan
 from persona_nnsight.plan.prefix_tree import PrefixTree, Segment
+
+
+@dataclass(frozen=True)
+class Prefix:
+    """The prompts of a chunk, each once: their openings as a KV cache, and their last tokens.
+
+    Attributes:
+        kv: the openings, padded on the left.
+        opening: their token ids, int [prompts, length].
+        tails: the last tokens of every prompt, which are not in the cache, int [prompts, tail].
+        row: from an index into `Plan.prompts` to a row.
+    """
+
+    kv: KVCache
+    opening: Tensor
+    tails: Tensor
+    row: dict[int, int]
+
+    def rows(self, prompts: Sequence[int]) -> list[int]:
+        """Rows that hold these prompts of the plan."""
+        return [self.row[prompt] for prompt in prompts]
+
+
+def room(lm: Any, tokens: int) -> int:
+    """The room to ask of `KVCache.select` for so many tokens to come.
+
+    A sandbox, which has the weights in another process, knows transformers' own caches only.
+    """
+    return 0 if is_far(lm) else tokens
 
 
 def prefill(lm: Any, plan: Plan, tree: PrefixTree) -> Prefix:

@@ -2,21 +2,20 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Sequence
 
 import nnsight
 
 from persona_nnsight.engine.acts import ACTS
 from persona_nnsight.engine.chunk import Chunk
-from persona_nnsight.engine.extend import Clean, HostRun, entry_layer
-from persona_nnsight.engine.finite import edited_not_finite
-from persona_nnsight.engine.inputs import forward_inputs, last_tokens
+from persona_nnsight.engine.clean import Clean, checked_scores, has_own_reference
+from persona_nnsight.engine.fast.extend import HostRun, entry_layer
+from persona_nnsight.engine.fast.inputs import forward_inputs
+from persona_nnsight.engine.fast.prefill import room
+from persona_nnsight.engine.plain import last_tokens
 from persona_nnsight.engine.record import Record
 from persona_nnsight.method.kl import window_kl
 from persona_nnsight.method.sites import generated_index
-from persona_nnsight.models.module_tree import has_few_bits
-from persona_nnsight.plan.plan import Edit
 
 
 def score(
@@ -25,18 +24,16 @@ def score(
     clean: Clean,
     host: HostRun,
     batch: Sequence[tuple[int, int]],
+    deepest: int,
 ) -> list[tuple[float, int]]:
-    """KL (nats) and number of tokens of each row.
+    """See `Runs.score`.
 
     Args:
         chunk, recorded: the chunk and its clean runs.
         clean: what XY predicts.
         host: the unedited run of the prompt that is edited.
         batch: rows (cell within the chunk, edit of the plan); the edits share a batch key.
-
-    In a dtype of fewer bits than float32 the same row comes out otherwise in a batch of another
-    shape. An edited run of XY is then set against an unedited row of its own batch. An unedited run
-    that is scored, and a BY host, are set against `clean`: what that leaves is its KL's floor.
+        deepest: the highest layer at which an edited run may begin.
 
     Raises:
         PersonaError: an output that is not finite.
@@ -44,7 +41,7 @@ def score(
     lm, plan, layers = chunk.lm, chunk.plan, chunk.layers
     edit = plan.edits[batch[0][1]]
     shared = edit.intervention
-    entry = entry_layer(plan, edit)
+    entry = entry_layer(plan, edit, deepest)
     cells = [cell for cell, _ in batch]
     k = generated_index(shared.anchor)
     end = plan.tail - 1 + k + plan.window
@@ -62,7 +59,7 @@ def score(
         changes.pop(entry)(feed)
     n_tokens = (recorded.decoded.lengths[cells] - k).clamp(0, plan.window)
     before = host.kv.select(
-        every, length=host.opening + start, first_layer=entry, room=chunk.room(end - start)
+        every, length=host.opening + start, first_layer=entry, room=room(lm, end - start)
     )
     inputs = forward_inputs(before, host.ids[every, start:end])
     with lm.trace(**inputs, logits_to_keep=last_tokens(end - start, plan.window)):
@@ -85,13 +82,4 @@ def score(
                 n_tokens,
             )
         )
-    results = list(zip(kl.tolist(), n_tokens.tolist(), strict=True))
-    for (cell, index), (value, count) in zip(batch, results, strict=True):
-        if count and not math.isfinite(value):
-            raise edited_not_finite(chunk, cell, index, recorded.decoded.continuations[cell])
-    return results
-
-
-def has_own_reference(chunk: Chunk, edit: Edit) -> bool:
-    """Whether a batch of such edits holds the unedited rows that its KLs are taken from."""
-    return has_few_bits(chunk.dtype) and edit.host == "XY" and not edit.is_unedited
+    return checked_scores(chunk, recorded.decoded, batch, kl.tolist(), n_tokens.tolist())

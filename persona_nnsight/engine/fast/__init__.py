@@ -1,0 +1,1 @@
+"""The fast path: shared openings as KV caches, padded batches, layers below an edit skipped."""
