@@ -1,4 +1,4 @@
-"""What a forward without weights shows: the residual stream of a model, and what its cache takes."""
+"""What a forward without weights shows of a model: residual stream, and bytes of its cache."""
 
 from __future__ import annotations
 
