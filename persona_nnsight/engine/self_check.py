@@ -31,7 +31,7 @@ from persona_nnsight.engine.plain import forget, last_logits, last_tokens, plain
 from persona_nnsight.engine.wide_logits import wide_logits
 from persona_nnsight.errors import PersonaError, first_line
 from persona_nnsight.method.edit_vectors import seeded_noise
-from persona_nnsight.models.module_tree import ModuleTree, has_few_bits
+from persona_nnsight.models.module_tree import ModuleTree, check_residual, has_few_bits
 from persona_nnsight.models.paths import FAST, WHOLE
 from persona_nnsight.plan.plan import Plan
 from persona_nnsight.plan.prefix_tree import probing_tree
@@ -118,6 +118,8 @@ class _Probe:
         rows = [[*plan.prompts[prompt].ids, *follows] for prompt in prompts]
         kept = plan.tail + length
         plain = _plain(chunk, rows, kept)
+        for residual in plain[:-1]:
+            check_residual(type(lm._module).__name__, tuple(residual.shape), 2, tree)
         tolerances = [_TOLERANCE] * len(plain)
         if has_few_bits(chunk.dtype):
             rounded = _plain(chunk, rows, kept, rounded=True)
@@ -218,7 +220,7 @@ def _looks_ahead(probe: _Probe) -> bool:
     """Whether a prompt's residuals depend on which tokens follow, and not only on how many."""
     chunk, tail = probe.chunk, probe.chunk.plan.tail
     own, kept = probe.ids[1], tail + len(probe.follows)
-    others = tuple(token ^ 1 for token in probe.follows)
+    others = probe.follows[::-1]
     found, expected = (
         [reading[..., :tail, :] for reading in _plain(chunk, [[*own, *follows]], kept)]
         for follows in (probe.follows, others)

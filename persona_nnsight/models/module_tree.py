@@ -144,6 +144,26 @@ def _max_length(config: PretrainedConfig) -> int:
     return length
 
 
+def check_residual(name: str, shape: tuple[int, ...], rows: int, tree: ModuleTree) -> None:
+    """Refuse a model whose decoder layers hand on something else than one residual stream.
+
+    Args:
+        name: of the model's class.
+        shape: of what a layer was given.
+        rows: how many rows there were.
+        tree: the map of the model.
+
+    Raises:
+        PersonaError: it is not [rows, tokens, d_model].
+    """
+    if len(shape) != 3 or shape[0] != rows or shape[-1] != tree.d_model:
+        raise PersonaError(
+            f"The decoder layers of a {name} are given {list(shape)} for {rows} rows of tokens, "
+            f"not one residual of {tree.d_model} numbers for each token; only models with one "
+            "residual stream are supported."
+        )
+
+
 def has_few_bits(dtype: torch.dtype) -> bool:
     """Whether a model's dtype has fewer bits than float32, so that its rounding shows in KLs."""
     return dtype.itemsize < torch.float32.itemsize

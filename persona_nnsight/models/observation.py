@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
-from persona_nnsight.errors import PersonaError
+from persona_nnsight.models.module_tree import check_residual
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -47,13 +47,8 @@ def observed(skeleton: PreTrainedModel, tree: ModuleTree) -> ModuleTree:
     finally:
         for hook in hooks:
             hook.remove()
-    expected = [(1, n, tree.d_model) for n in (_TOKENS, _TOKENS + 1)]
-    if other := next((shape for shape in shapes if shape not in expected), None):
-        raise PersonaError(
-            f"The decoder layers of a {type(skeleton).__name__} hand on {list(other)} for "
-            f"{_TOKENS} tokens of one row, not one residual of {tree.d_model} numbers for each; "
-            "only models with one residual stream are supported."
-        )
+    for shape in shapes:
+        check_residual(type(skeleton).__name__, shape, 1, tree)
     if not bytes_by_length:
         return tree
     first, second = bytes_by_length
