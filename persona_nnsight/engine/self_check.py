@@ -60,9 +60,18 @@ def find_path(lm: Any, tree: ModuleTree, plan: Plan) -> RunPath:
         plan: what will run; it may ask for one of the two.
 
     Raises:
-        PersonaError: the fast path is asked for and fails.
+        PersonaError: a model that cannot run a prompt, whose tokens see those behind them, or that
+            has more than one residual stream; or the fast path is asked for and fails.
     """
-    probe = _Probe.of(lm, tree, plan)
+    try:
+        probe = _Probe.of(lm, tree, plan)
+    except Exception as error:
+        if is_out_of_memory(error) or isinstance(error, PersonaError):
+            raise
+        raise PersonaError(
+            f"This model cannot run a prompt on this machine ({first_line(error)}); check that its "
+            "configuration is whole, and that this version of transformers runs it."
+        ) from error
     if not all(reading.isfinite().all() for reading in probe.plain):
         return RunPath(why="values overflow, so that there is nothing to compare")
     if plan.path == WHOLE:
