@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from persona_nnsight.errors import PersonaError
-from persona_nnsight.experiments.arguments import OUTPUT
+from persona_nnsight.experiments.arguments import DATE_HELP, MODEL, OUTPUT
 from persona_nnsight.models.weights.embedded import ALIAS
 
 if TYPE_CHECKING:
@@ -18,7 +18,7 @@ if TYPE_CHECKING:
 
 DEFAULT_MODEL = ALIAS
 
-_MODEL, _CELLS = "Model", "Cells"
+_CELLS = "Cells"
 _WHERE = "Where it runs"
 
 ModelSpec = Annotated[
@@ -28,27 +28,27 @@ ModelSpec = Annotated[
         "-m",
         help="A hub id (google/gemma-2-2b-it, Qwen/Qwen2.5-1.5B-Instruct, ...), a model "
         "directory, a .gguf file, or the embedded smollm2-135m.",
-        rich_help_panel=_MODEL,
+        rich_help_panel=MODEL,
     ),
 ]
 Revision = Annotated[
     str | None,
     typer.Option(
-        help="Branch, tag or commit of a hub model.", show_default="main", rich_help_panel=_MODEL
+        help="Branch, tag or commit of a hub model.", show_default="main", rich_help_panel=MODEL
     ),
 ]
 Dtype = Annotated[
     str,
     typer.Option(
         help="float32, bfloat16, float16, or auto: bfloat16 on a GPU, float32 on a CPU.",
-        rich_help_panel=_MODEL,
+        rich_help_panel=MODEL,
     ),
 ]
 Device = Annotated[
     str,
     typer.Option(
         help="auto (the best single device), cpu, cuda, cuda:1, mps, or balanced (over all GPUs).",
-        rich_help_panel=_MODEL,
+        rich_help_panel=MODEL,
     ),
 ]
 Attention = Annotated[
@@ -57,7 +57,7 @@ Attention = Annotated[
         "--attn",
         help="Attention implementation: eager, sdpa, flash_attention_2.",
         show_default="the model's own",
-        rich_help_panel=_MODEL,
+        rich_help_panel=MODEL,
     ),
 ]
 TrustRemoteCode = Annotated[
@@ -66,7 +66,7 @@ TrustRemoteCode = Annotated[
         "--trust-remote-code",
         help="Run Python code that comes with the checkpoint, with all your rights on this "
         "machine; pin it by --revision and a commit.",
-        rich_help_panel=_MODEL,
+        rich_help_panel=MODEL,
     ),
 ]
 Decoding = Annotated[
@@ -75,7 +75,7 @@ Decoding = Annotated[
         metavar="greedy|checkpoint",
         help="The largest logit, or the largest after what the checkpoint's generation settings "
         "do to logits (penalties, suppressed tokens).",
-        rich_help_panel=_MODEL,
+        rich_help_panel=MODEL,
     ),
 ]
 RunPath = Annotated[
@@ -84,8 +84,12 @@ RunPath = Annotated[
         metavar="auto|fast|whole",
         help="How rows run: with shared openings and padded batches, whole from their first "
         "token, or as two prompts of the run show that the model allows.",
-        rich_help_panel=_MODEL,
+        rich_help_panel=MODEL,
     ),
+]
+Date = Annotated[
+    str | None,
+    typer.Option(help=DATE_HELP, metavar="YYYY-MM-DD", show_default="today", rich_help_panel=MODEL),
 ]
 GridSource = Annotated[
     str | None,

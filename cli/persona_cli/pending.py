@@ -151,6 +151,7 @@ def _subject(model: Model, dtype: str, studies: Sequence[Study[Any]]) -> dict[st
     The plan comes last: where a grid differs, its prompts do too.
     """
     from persona_nnsight.plan.data import digest
+    from persona_nnsight.storage.manifest import rendering_record
 
     weights = model.weights
     return {
@@ -158,6 +159,7 @@ def _subject(model: Model, dtype: str, studies: Sequence[Study[Any]]) -> dict[st
         "model": f"{weights.model_id} {(weights.sha256 or weights.revision or '')[:12]}",
         "attention": model.attention,
         "dtype": dtype,
+        **{name: value for each in studies for name, value in rendering_record(each.plan).items()},
         **{f"grid {number}": each.grid.to_dict() for number, each in enumerate(studies, start=1)},
         **{
             f"plan {number}": f"{each.plan.command} {digest(each.plan)}"

@@ -6,7 +6,7 @@ import json
 import math
 from collections.abc import Callable
 from contextlib import ExitStack, closing
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Generic, TypeVar
 
@@ -174,12 +174,19 @@ def run_experiment(
     """
     from persona_nnsight.experiments.execution import Interrupted, Study, execute_together
 
-    asked: list[Experiment[Any]] = [experiment, *([beside[0]] if beside else [])]
+    def planned(skeleton: Model) -> list[Study[Any]]:
+        first: Study[Any] = Study(experiment, grid, experiment.plan(skeleton, grid))
+        if beside is None:
+            return [first]
+        # On the same day, also where the day ends in between.
+        other = replace(beside[0], date=first.plan.rendering.date)
+        return [first, Study(other, grid, other.plan(skeleton, grid))]
+
     ready = prepare(
         model,
         where,
         run,
-        plan=lambda skeleton: [Study(each, grid, each.plan(skeleton, grid)) for each in asked],
+        plan=planned,
         show_plan=lambda skeleton, studies: show_costs(
             skeleton, grid, studies[0].plan, model, where, run
         ),
@@ -278,6 +285,7 @@ def show_costs(
     rows = {
         "model": f"{model.weights.model_id}, {place}",
         "grid": f"{grid.name}, {cost.cells} cells",
+        **({"date": f"{day}, in every prompt"} if (day := plan.rendering.date) else {}),
         "layers": ", ".join(map(str, plan.layers)) + f" of {model.tree.n_layers}",
         "positions": ", ".join(plan.positions),
         "rows": f"{plan.n_results}: {cost.cells} cells recorded, the rest KLs and texts",
@@ -306,11 +314,13 @@ def cost_summary(
 ) -> dict[str, Any]:
     """What ``--dry-run --json`` says of a plan."""
     from persona_nnsight.plan.costs import estimate
+    from persona_nnsight.storage.manifest import rendering_record
 
     limits = make_backend(model, where, options.dtype).limits(plan)
     return {
         "model": model.weights.model_id,
         "grid": grid.name,
+        **rendering_record(plan),
         "layers": plan.layers,
         "positions": plan.positions,
         "window": plan.window,

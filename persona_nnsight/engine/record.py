@@ -66,7 +66,8 @@ def record(chunk: Chunk, decoded: Decoded, xy: Sites, others: Sites) -> Record:
         after_norm = decompose(_by_key(chunk, keys, [sites.normed for sites in found]))
         geometry["inter_over_xy_normed"] = after_norm["inter_over_xy"]
     if plan.given_x is not None:
-        given = torch.tensor([plan.given_x[cell.persona] for cell in chunk.cells])
+        effects = [plan.given_x[cell.persona] for cell in chunk.cells]
+        given = torch.tensor(effects, dtype=torch.float32)
         residuals["XB"] = residuals["BB"] + given.to(chunk.device)
     recorded = Record(residuals=residuals, geometry=geometry, decoded=decoded)
     _check_finite(chunk, recorded)

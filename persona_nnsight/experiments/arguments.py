@@ -13,7 +13,9 @@ Layers = str | int | Iterable[int]
 Positions = str | Iterable[str]
 
 #: The groups of options under which the help lists arguments.
-SITES, OUTPUT, STEERING = "Sites and measure", "Output", "Steering"
+MODEL, SITES, OUTPUT, STEERING = "Model", "Sites and measure", "Output", "Steering"
+
+DATE_HELP = "The day that goes into prompts, where the chat template writes the date."
 
 
 @dataclass(frozen=True)
@@ -50,6 +52,17 @@ def argument(
     kind = type or (str if default is None else default.__class__)
     option = Option(help, names, group, kind, metavar, shown)
     return field(default=default, metadata={"option": option})
+
+
+def date_argument() -> Any:
+    """The day that prompts are rendered on; `persona_nnsight.prompts.chat_template`."""
+    return argument(
+        None,
+        DATE_HELP,
+        group=MODEL,
+        metavar="YYYY-MM-DD",
+        shown="today",
+    )
 
 
 def layers_argument(default: str) -> Any:

@@ -19,6 +19,7 @@ from persona_nnsight.experiments.function import function_of
 from persona_nnsight.experiments.setup import checked, sites_of
 from persona_nnsight.method.sites import DEFAULT_LAYERS, DEFAULT_POSITIONS
 from persona_nnsight.plan.building import build_plan
+from persona_nnsight.prompts.chat_template import rendering_of
 
 if TYPE_CHECKING:
     import pandas as pd
@@ -61,7 +62,9 @@ class Capture(Experiment["CaptureResult"]):
             self.name,
             model.tokenizer,
             grid,
-            **sites_of(model, self.layers, self.positions),
+            **sites_of(
+                model, self.layers, self.positions, rendering_of(model.tokenizer, self.date)
+            ),
             window=self.window,
             keeps_residuals=True,
         )

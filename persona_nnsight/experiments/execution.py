@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import threading
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass, field
@@ -19,12 +20,16 @@ from persona_nnsight.experiments.results import Result
 from persona_nnsight.models.loading import Model
 from persona_nnsight.plan.costs import Cost, estimate
 from persona_nnsight.plan.events import Event, Recorded, Scored, Written
-from persona_nnsight.plan.joining import join
+from persona_nnsight.plan.joining import JointPlan, join
 from persona_nnsight.plan.plan import Plan
 from persona_nnsight.prompts.grids import Grid
 from persona_nnsight.storage.residuals import Residuals
 
 R = TypeVar("R", bound=Result)
+
+#: Held by the thread whose run has its turn: nnsight can trace in one thread at a time, and the
+#: engine changes a model while it runs. A callback of the run may begin another.
+_ONE_AT_A_TIME = threading.RLock()
 
 
 @dataclass(frozen=True)
@@ -42,6 +47,9 @@ class Interrupted(KeyboardInterrupt):
     def __init__(self, results: dict[int, Result]) -> None:
         super().__init__()
         self.results = results
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return type(self), (self.results,)
 
 
 def execute(
@@ -70,14 +78,26 @@ def execute_together(
     """Carry out several studies in one pass, so that what they share is computed once.
 
     The results are in the order of `studies` and equal those of studies carried out one by one.
-    `backend` does the work; None does it here.
+    `backend` does the work; None does it here. Of several threads one works, and the others wait.
 
     Raises:
         PersonaError: a value that is not finite, or memory that runs out.
         Interrupted: Ctrl-C; holds what was finished.
     """
-    worker = LocalBackend(model) if backend is None else backend
     joint = join([study.plan for study in studies])
+    worker = LocalBackend(model) if backend is None else backend
+    with _ONE_AT_A_TIME:
+        return _carried_out(model, studies, joint, progress, worker)
+
+
+def _carried_out(
+    model: Model,
+    studies: Sequence[Study[R]],
+    joint: JointPlan,
+    progress: Progress | None,
+    worker: Backend,
+) -> list[R]:
+    """What `execute_together` does when its turn has come."""
     limits = worker.limits(joint.plan)
     gathered = [_Gathered(model, study) for study in studies]
     start = time.perf_counter()

@@ -7,6 +7,8 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, ClassVar, Generic, TypeVar
 
+from persona_nnsight.experiments.arguments import date_argument
+
 if TYPE_CHECKING:
     import pandas as pd
 
@@ -18,6 +20,7 @@ if TYPE_CHECKING:
     from persona_nnsight.pages.stored_run import Run
     from persona_nnsight.plan.plan import Plan
     from persona_nnsight.prompts.grids import Grid
+    from persona_nnsight.prompts.rendering import Day
 
 R_co = TypeVar("R_co", bound="Result", covariant=True)
 
@@ -34,10 +37,13 @@ class Experiment(ABC, Generic[R_co]):
     Attributes:
         progress: called with (rows done, rows in all).
         backend: what does the work (`persona_nnsight.backends`); None does it here.
+        date: the day that goes into prompts, ``YYYY-MM-DD``; None for today. Only where the chat
+            template writes the date.
     """
 
     progress: Progress | None = None
     backend: Backend | None = None
+    date: Day | None = date_argument()
 
     #: As the command and its module are called.
     name: ClassVar[str]

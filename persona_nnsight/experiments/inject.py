@@ -21,6 +21,7 @@ from persona_nnsight.method.conditions import HOST, INJECT_CONDITIONS
 from persona_nnsight.method.sites import DEFAULT_LAYERS, parse_layer_sets
 from persona_nnsight.plan.interventions import Unedited, Write
 from persona_nnsight.plan.plan import Edit
+from persona_nnsight.prompts.chat_template import rendering_of
 
 if TYPE_CHECKING:
     import pandas as pd
@@ -76,7 +77,8 @@ class Inject(KlExperiment):
             for chosen in sets
         ]
         edits += floors(model, "BY", ("p_last",), tuple(every))
-        return self.planned(model, grid, sites_of(model, every, "p_last"), edits)
+        rendering = rendering_of(model.tokenizer, self.date)
+        return self.planned(model, grid, sites_of(model, every, "p_last", rendering), edits)
 
     @staticmethod
     def sentences(tables: Mapping[str, pd.DataFrame]) -> Iterable[str]:

@@ -17,6 +17,7 @@ from persona_nnsight.method.sites import EDITED_DEPTH, NO_LAYERS
 from persona_nnsight.plan.building import build_plan
 from persona_nnsight.plan.interventions import Unedited, Write
 from persona_nnsight.plan.plan import Edit
+from persona_nnsight.prompts.chat_template import rendering_of
 
 if TYPE_CHECKING:
     import pandas as pd
@@ -63,7 +64,8 @@ class Markers(Experiment["MarkersResult"]):
                 "text can be counted for it; give it some (markers: [simmer, mise en place]), or "
                 "leave it out."
             )
-        sites = sites_of(model, self.layers, "p_last")
+        rendering = rendering_of(model.tokenizer, self.date)
+        sites = sites_of(model, self.layers, "p_last", rendering)
         edits = [clean_text(self.tokens)]
         edits += [
             Edit(Write(condition, ("p_last",), (layer,)), scored=False, generate=self.tokens)

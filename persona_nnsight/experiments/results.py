@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, fields, replace
 from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -39,7 +39,7 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True, kw_only=True)
 class Result:
-    """Common to all experiments.
+    """Common to all experiments. It can be pickled; the weights of `model` stay behind.
 
     Attributes:
         experiment: what was asked.
@@ -74,6 +74,12 @@ class Result:
     seconds: dict[str, float]
     complete: bool
     where: dict[str, Any]
+
+    def __getstate__(self) -> dict[str, Any]:
+        """What is pickled: all of it but the model's weights and what followed the run."""
+        kept = {field.name: getattr(self, field.name) for field in fields(self)}
+        asked = replace(self.experiment, progress=None, backend=None)
+        return {**kept, "experiment": asked, "model": self.model.without_weights()}
 
     def frame(self) -> pd.DataFrame:
         """The tidy table of the experiment: one row per observation."""
@@ -190,7 +196,7 @@ class CaptureResult(Result):
         return Vectors(
             model_id=self.model.weights.model_id,
             model_sha256=self.model.weights.sha256,
-            architecture=str(self.model.lm._module.config.model_type),
+            architecture=self.model.architecture,
             n_layers=self.model.tree.n_layers,
             d_model=self.model.tree.d_model,
             template=grid.template,
@@ -203,6 +209,7 @@ class CaptureResult(Result):
             base=h("BB", 0),
             delta_x={key: h("XB", row) - h("BB", row) for key, row in x_row.items()},
             delta_y={key: h("BY", row) - h("BB", row) for key, row in y_row.items()},
+            date=plan.rendering.date,
         )
 
     def write_files(self, directory: Path) -> None:

@@ -10,6 +10,7 @@ from persona_nnsight.method.conditions import ROUNDED
 from persona_nnsight.method.sites import parse_layers, parse_positions
 from persona_nnsight.plan.interventions import Unedited, Write
 from persona_nnsight.plan.plan import Edit, Plan
+from persona_nnsight.prompts.rendering import Rendering
 
 if TYPE_CHECKING:
     from persona_nnsight.models.loading import Model
@@ -23,16 +24,18 @@ class Sites(TypedDict):
     eos_ids: tuple[int, ...]
     decoding: dict[str, Any]
     path: str
+    rendering: Rendering
 
 
-def sites_of(model: Model, layers: Layers, positions: Positions) -> Sites:
-    """Where an experiment reads and writes, on this model."""
+def sites_of(model: Model, layers: Layers, positions: Positions, rendering: Rendering) -> Sites:
+    """Where an experiment reads and writes, on this model and its prompts."""
     return {
         "layers": parse_layers(layers, model.tree.n_layers),
         "positions": parse_positions(positions),
         "eos_ids": model.eos_ids,
         "decoding": model.decoding,
         "path": model.path,
+        "rendering": rendering,
     }
 
 

@@ -28,6 +28,7 @@ from persona_nnsight.method.conditions import HOST, STEER
 from persona_nnsight.method.sites import EDITED_DEPTH
 from persona_nnsight.plan.interventions import Unedited, Write
 from persona_nnsight.plan.plan import Edit
+from persona_nnsight.prompts.chat_template import rendering_of
 
 if TYPE_CHECKING:
     import pandas as pd
@@ -62,7 +63,7 @@ class Steer(KlExperiment):
         alpha, beta: factors of Δ_X and Δ_Y; every pair is a run (`parse_factors`).
         host: what is run: ``xy``, the prompt with its persona, or ``by``, the prompt without it.
         vectors: Δ_X from an earlier run, or the file that holds them, in place of this grid's own:
-            with host ``by`` the paper's cached case.
+            with host ``by`` the paper's cached case. Prompts are dated as theirs were.
         margin: differences up to this share of the KL of ``bb``, or of the host, do not matter.
         generate: also write this many tokens of greedy text per run.
     """
@@ -105,11 +106,13 @@ class Steer(KlExperiment):
                 f"Host {self.host!r} does not exist; use xy (the prompt with its persona) or by "
                 "(the prompt without it)."
             )
-        sites = sites_of(model, self.layers, self.positions)
+        vectors = None if self.vectors is None else _loaded(self.vectors)
+        measured_on = None if vectors is None else vectors.date
+        rendering = rendering_of(model.tokenizer, self.date, measured_on)
+        sites = sites_of(model, self.layers, self.positions, rendering)
         at, together = sites["positions"], sites["layers"]
         given = None
-        if self.vectors is not None:
-            vectors = _loaded(self.vectors)
+        if vectors is not None:
             vectors.check(
                 model_id=model.weights.model_id,
                 model_sha256=model.weights.sha256,
@@ -118,6 +121,7 @@ class Steer(KlExperiment):
                 grid=grid,
                 layers=together,
                 positions=at,
+                date=rendering.date,
             )
             given = vectors.given_x(grid.persona_keys, at, together)
         common: dict[str, Any] = {"host": self.host.upper(), "generate": self.generate}

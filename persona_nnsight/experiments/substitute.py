@@ -24,6 +24,7 @@ from persona_nnsight.method.conditions import ROUNDED, SUBSTITUTE_CONDITIONS
 from persona_nnsight.method.sites import DEFAULT_LAYERS, DEFAULT_POSITIONS
 from persona_nnsight.plan.interventions import Write
 from persona_nnsight.plan.plan import Edit
+from persona_nnsight.prompts.chat_template import rendering_of
 
 if TYPE_CHECKING:
     import pandas as pd
@@ -77,7 +78,8 @@ class Substitute(KlExperiment):
     def plan(self, model: Model, grid: Grid) -> Plan:
         """What will be done; see `Experiment`."""
         self.check_margin()
-        sites = sites_of(model, self.layers, self.positions)
+        rendering = rendering_of(model.tokenizer, self.date)
+        sites = sites_of(model, self.layers, self.positions, rendering)
         edits = [
             Edit(
                 Write(condition, (position,), (layer,)),

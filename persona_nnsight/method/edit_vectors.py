@@ -74,4 +74,4 @@ def seeded_noise(seed: int, position: str, layer: int, d_model: int) -> Tensor:
     """
     digest = hashlib.sha256(f"{seed}:{position}:{layer}".encode()).digest()
     generator = torch.Generator().manual_seed(int.from_bytes(digest[:7], "big"))
-    return torch.randn(d_model, generator=generator)
+    return torch.randn(d_model, generator=generator, dtype=torch.float32)

@@ -2,13 +2,10 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Mapping
-from pathlib import Path
 from typing import Any
 
 from persona_nnsight.errors import PersonaError
-from persona_nnsight.models.weights.model_files import GENERATION_CONFIG
 
 #: The largest logit wins, or the largest after what the checkpoint does to logits.
 GREEDY, CHECKPOINT = "greedy", "checkpoint"
@@ -30,7 +27,8 @@ def decoding_of(settings: Mapping[str, Any], asked: str) -> dict[str, Any]:
     """Settings to decode with, beside the largest logit.
 
     Args:
-        settings: the checkpoint's (`generation_settings`).
+        settings: the checkpoint's, as its generation_config.json has them: transformers reads it
+            for a model with weights only, and refuses what contradicts itself.
         asked: ``greedy`` for none, or ``checkpoint``.
 
     Raises:
@@ -49,16 +47,3 @@ def decoding_of(settings: Mapping[str, Any], asked: str) -> dict[str, Any]:
         for name, value in found.items()
         if value is not None and value != _CHANGES_LOGITS[name]
     }
-
-
-def generation_settings(directory: Path) -> dict[str, Any]:
-    """What a checkpoint's generation_config.json says, as it stands there; nothing without one.
-
-    transformers reads it for a model with weights only, and refuses what contradicts itself.
-    """
-    try:
-        found = json.loads((directory / GENERATION_CONFIG).read_text("utf-8"))
-    except FileNotFoundError:
-        return {}
-    settings: dict[str, Any] = found  # an object: `model_files.unreadable` has seen to it
-    return settings

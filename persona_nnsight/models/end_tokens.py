@@ -6,7 +6,6 @@ Whoever knew of one alone would decode past the other, and count what stands beh
 
 from __future__ import annotations
 
-import json
 from collections.abc import Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -14,8 +13,7 @@ from typing import TYPE_CHECKING, Any
 from transformers import PreTrainedConfig
 
 from persona_nnsight.errors import PersonaError
-from persona_nnsight.models.decoding import generation_settings
-from persona_nnsight.models.weights.model_files import CONFIG, GENERATION_CONFIG
+from persona_nnsight.models.weights.model_files import CONFIG, GENERATION_CONFIG, settings_of
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -58,9 +56,9 @@ def _given(directory: Path, config: PreTrainedConfig) -> Iterator[Any]:
     The files themselves are read, as a configuration has a default of its class where they are
     silent, and a model without weights has no generation configuration.
     """
-    yield generation_settings(directory).get("eos_token_id")
-    settings = json.loads((directory / CONFIG).read_text("utf-8"))
-    yield from (part.get("eos_token_id") for part in _text_parts(settings, config))
+    for name in (GENERATION_CONFIG, CONFIG):
+        parts = _text_parts(settings_of(directory, name), config)
+        yield from (part.get("eos_token_id") for part in parts)
 
 
 def _text_parts(settings: dict[str, Any], config: PreTrainedConfig) -> Iterator[dict[str, Any]]:

@@ -12,6 +12,7 @@ from persona_nnsight.models.paths import AUTO
 from persona_nnsight.plan.plan import CellPlan, Edit, Given, Plan
 from persona_nnsight.prompts.encoding import encode_prompt
 from persona_nnsight.prompts.prompt import Prompt
+from persona_nnsight.prompts.rendering import UNDATED, Rendering
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -34,6 +35,7 @@ def build_plan(
     given_x: dict[str, Given] | None = None,
     decoding: dict[str, Any] | None = None,
     path: str = AUTO,
+    rendering: Rendering = UNDATED,
 ) -> Plan:
     """Encode a grid's prompts and lay out its cells.
 
@@ -52,7 +54,7 @@ def build_plan(
     def index(text: str) -> int:
         if text not in prompts:
             prompts[text] = len(encoded)
-            encoded.append(encode_prompt(tokenizer, text))
+            encoded.append(encode_prompt(tokenizer, text, rendering))
         return prompts[text]
 
     wanted = {*RESIDUAL_KEYS, *(key for edit in edits for key in edit.prompts)}
@@ -86,6 +88,7 @@ def build_plan(
         given_x=given_x,
         decoding=decoding or {},
         path=path,
+        rendering=rendering,
     )
     shortest = min(plan.prompts, key=lambda prompt: len(prompt.ids))
     if len(shortest.ids) <= plan.tail:

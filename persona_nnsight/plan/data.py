@@ -11,6 +11,7 @@ from persona_nnsight.errors import PersonaError, quoted
 from persona_nnsight.plan.interventions import KINDS, Intervention
 from persona_nnsight.plan.plan import CellPlan, Edit, Given, Plan
 from persona_nnsight.prompts.prompt import Prompt
+from persona_nnsight.prompts.rendering import Rendering
 
 
 def to_data(plan: Plan) -> dict[str, Any]:
@@ -43,6 +44,7 @@ def from_data(data: dict[str, Any]) -> Plan:
             "edits": tuple(_edit(edit) for edit in data["edits"]),
             "eos_ids": tuple(data["eos_ids"]),
             "given_x": None if given is None else {key: _given(x) for key, x in given.items()},
+            "rendering": Rendering(**data["rendering"]),
         }
     )
 

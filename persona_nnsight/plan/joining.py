@@ -76,8 +76,8 @@ def join(plans: Sequence[Plan]) -> JointPlan:
     be the same in all of them.
 
     Raises:
-        ValueError: plans that cannot share a run: other windows of KLs, seeds, ends of text or Δ_X
-            to use, another model's tokens, one name for two cells or for a cell with two
+        ValueError: plans that cannot share a run: other windows of KLs, seeds, days, ends of text
+            or Δ_X to use, another model's tokens, one name for two cells or for a cell with two
             baselines or donors, or residuals of other prompts.
     """
     first = plans[0]
@@ -135,6 +135,8 @@ def _check_common(plans: Sequence[Plan]) -> set[int]:
         raise ValueError("plans with different windows, seeds or given effects cannot be joined")
     if any((plan.decoding, plan.path) != (first.decoding, first.path) for plan in plans):
         raise ValueError("plans that decode or run their rows in other ways cannot be joined")
+    if any(plan.rendering != first.rendering for plan in plans):
+        raise ValueError("plans whose prompts are rendered on different days cannot be joined")
     if any(set(plan.eos_ids) != set(first.eos_ids) for plan in plans):
         raise ValueError("plans whose texts end at different tokens cannot be joined")
     # Given effects are numbered by the plan's own positions and layers.

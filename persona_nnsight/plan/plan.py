@@ -16,6 +16,7 @@ from persona_nnsight.method.sites import generated_index
 from persona_nnsight.models.paths import AUTO
 from persona_nnsight.plan.interventions import Intervention
 from persona_nnsight.prompts.prompt import Prompt, user_last
+from persona_nnsight.prompts.rendering import UNDATED, Rendering
 
 #: Residuals at every site as plain numbers: [positions][layers][d_model].
 Given = tuple[tuple[tuple[float, ...], ...], ...]
@@ -107,6 +108,7 @@ class Plan:
             (`persona_nnsight.models.decoding`); none where the largest logit wins.
         path: through the engine: ``fast``, ``whole``, or ``auto``, where the model decides
             (`persona_nnsight.models.paths`).
+        rendering: how the prompts were rendered.
     """
 
     command: str
@@ -124,6 +126,7 @@ class Plan:
     continuation: int | None = None
     decoding: dict[str, Any] = field(default_factory=dict)
     path: str = AUTO
+    rendering: Rendering = UNDATED
 
     @property
     def last_generated(self) -> int:

@@ -18,12 +18,11 @@ from typing import TYPE_CHECKING
 from weakref import WeakKeyDictionary
 
 from persona_nnsight.errors import PersonaError
+from persona_nnsight.prompts.chat_template import render
+from persona_nnsight.prompts.rendering import Rendering
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
-
-#: Renders a conversation of (role, content), with the generation prompt.
-Render = Callable[[Sequence[tuple[str, str]]], str]
 
 #: Contents that stand in no template, that a template has no reason to change, and that end in
 #: what a mark may stand beside.
@@ -80,25 +79,26 @@ class ControlText:
         return next(iter(Counter(self.plain.findall(decode())) - self.marks), None)
 
 
-#: By tokenizer, with the template it belongs to: prompts are encoded by the thousand.
+#: By tokenizer, with what it depends on besides: prompts are encoded by the thousand.
 _known: WeakKeyDictionary[PreTrainedTokenizerBase, tuple[object, ControlText]] = WeakKeyDictionary()
 
 
-def control_text(tokenizer: PreTrainedTokenizerBase, render: Render) -> ControlText:
+def control_text(tokenizer: PreTrainedTokenizerBase, rendering: Rendering) -> ControlText:
     """The control text of a tokenizer, worked out once.
 
     Raises:
         PersonaError: the chat template leaves the message's text out; and what `render` raises.
     """
-    template, known = _known.get(tokenizer, (None, None))
-    if known is None or template != tokenizer.chat_template:
-        known = _derive(tokenizer, render)
-        _known[tokenizer] = (tokenizer.chat_template, known)
+    key = tokenizer.chat_template, rendering
+    found, known = _known.get(tokenizer, (None, None))
+    if known is None or found != key:
+        known = _derive(tokenizer, rendering)
+        _known[tokenizer] = (key, known)
     return known
 
 
-def _derive(tokenizer: PreTrainedTokenizerBase, render: Render) -> ControlText:
-    prompt = render([("user", _CONTENTS[0])])
+def _derive(tokenizer: PreTrainedTokenizerBase, rendering: Rendering) -> ControlText:
+    prompt = render(tokenizer, [("user", _CONTENTS[0])], rendering)
     if _CONTENTS[0] not in prompt:
         raise PersonaError(
             f"The chat template of {tokenizer.name_or_path!r} leaves a message of plain text out; "
@@ -108,7 +108,8 @@ def _derive(tokenizer: PreTrainedTokenizerBase, render: Render) -> ControlText:
     frames = [_CONTENT.split(prompt)]
     for roles in _LONGER:
         with suppress(PersonaError):  # Gemma's takes no system message
-            frames.append(_CONTENT.split(render(list(zip(roles, _CONTENTS, strict=False)))))
+            messages = list(zip(roles, _CONTENTS, strict=False))
+            frames.append(_CONTENT.split(render(tokenizer, messages, rendering)))
     written = "\n".join(segment for frame in frames for segment in frame)
 
     added = tokenizer.added_tokens_decoder

@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from functools import partial
 from typing import TYPE_CHECKING
 
 from persona_nnsight.errors import PersonaError
+from persona_nnsight.prompts.chat_template import render
 from persona_nnsight.prompts.control_text import control_text, decoded
 from persona_nnsight.prompts.prompt import Prompt
+from persona_nnsight.prompts.rendering import UNDATED, Rendering
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -16,7 +17,9 @@ if TYPE_CHECKING:
 _AROUND = 40  # characters of a refused text that a message shows beside the piece
 
 
-def encode_prompt(tokenizer: PreTrainedTokenizerBase, text: str) -> Prompt:
+def encode_prompt(
+    tokenizer: PreTrainedTokenizerBase, text: str, rendering: Rendering = UNDATED
+) -> Prompt:
     """Render `text` as one user turn and encode it.
 
     The template is rendered to text and encoded with ``add_special_tokens=False``, since templates
@@ -27,49 +30,20 @@ def encode_prompt(tokenizer: PreTrainedTokenizerBase, text: str) -> Prompt:
         PersonaError: no chat template, one that refuses a lone user turn, or control text of it
             in `text` (`persona_nnsight.prompts.control_text`).
     """
-    control = control_text(tokenizer, partial(_render, tokenizer))
+    control = control_text(tokenizer, rendering)
     if (piece := control.find(text)) is not None:
         raise _forged(tokenizer, text, piece)
-    rendered = _render(tokenizer, [("user", text)])
+    rendered = render(tokenizer, [("user", text)], rendering)
     full = _encode(tokenizer, rendered)
     # The tokenizer may read other letters, such as full-width ones, as those of control text.
     if (token := control.foreign_id(full)) is not None:
         raise _forged(tokenizer, text, _spelling(tokenizer, rendered, token))
     if (mark := control.foreign_mark(partial(decoded, tokenizer, full))) is not None:
         raise _forged(tokenizer, text, mark)
-    user = _encode(tokenizer, _render(tokenizer, [("user", text)], generation_prompt=False))
+    turn = render(tokenizer, [("user", text)], rendering, generation_prompt=False)
+    user = _encode(tokenizer, turn)
     begins = bool(user) and full[: len(user)] == user
     return Prompt(text=text, ids=tuple(full), user_last=len(user) - 1 if begins else None)
-
-
-def _render(
-    tokenizer: PreTrainedTokenizerBase,
-    messages: Sequence[tuple[str, str]],
-    *,
-    generation_prompt: bool = True,
-) -> str:
-    """The chat template's text for messages of (role, content)."""
-    if tokenizer.chat_template is None:
-        raise PersonaError(
-            f"The tokenizer of {tokenizer.name_or_path!r} has no chat template, so there is no "
-            "user turn to put a role prompt in; use an instruction-tuned model, or add a "
-            "chat_template.jinja to the model's directory."
-        )
-    try:
-        return str(
-            tokenizer.apply_chat_template(
-                [{"role": role, "content": content} for role, content in messages],
-                tokenize=False,
-                add_generation_prompt=generation_prompt,
-                enable_thinking=False,
-            )
-        )
-    except Exception as error:  # a template is a program, and can trip in any way
-        reason = " ".join(str(error).split())
-        raise PersonaError(
-            f"The chat template of {tokenizer.name_or_path!r} refuses a single user message "
-            f"({reason}); use an instruction-tuned model whose template takes one."
-        ) from error
 
 
 def _encode(tokenizer: PreTrainedTokenizerBase, rendered: str) -> list[int]:

@@ -31,6 +31,7 @@ from typing import Any
 import yaml
 
 from persona_nnsight.errors import PersonaError, escaped, quoted
+from persona_nnsight.method.marker_words import folded
 from persona_nnsight.prompts.strict_yaml import parse_yaml, read_small_file
 
 DEFAULT_TEMPLATE = "As {persona}, {task}"
@@ -48,7 +49,7 @@ _KEY_RULE = (
 
 @dataclass(frozen=True)
 class Persona:
-    """Someone the model is asked to be, with the lower-case words that give the role away."""
+    """Someone the model is asked to be, with the words that give the role away (folded)."""
 
     key: str
     text: str
@@ -121,7 +122,8 @@ class Grid:
         """Check plain data in the YAML layout and build the grid from it.
 
         White space around texts is dropped (YAML block scalars end in a line break),
-        markers are lower-cased, and a marker or tag given twice is kept once.
+        markers are folded as texts are that they are looked for in
+        (`persona_nnsight.method.marker_words`), and a marker or tag given twice is kept once.
         """
         top = _mapping(data, "the grid", _FIELDS)
         for field in ("name", "personas", "tasks"):
@@ -132,7 +134,14 @@ class Grid:
                 )
         baseline = _mapping(top.get("baseline", {}), "'baseline'", ("persona", "task"))
         personas = tuple(
-            Persona(key, text, _unique(marker.lower() for marker in markers))
+            Persona(
+                key,
+                text,
+                _unique(
+                    _text(folded(marker), f"'personas.{key}.markers[{number}]'")
+                    for number, marker in enumerate(markers)
+                ),
+            )
             for key, text, markers in _entries(top["personas"], "personas", "markers")
         )
         tasks = tuple(

@@ -45,6 +45,7 @@ def provenance(run: Run) -> Facts:
             ("baseline persona", run.grid.baseline_persona),
             ("baseline task", run.grid.baseline_task),
         ]
+    rows += [(f"{name} in prompts", str(value)) for name, value in run.facts("rendering").items()]
     rows += [(name, _plain(value)) for name, value in run.facts("arguments").items()]
     if manifest.get("finished"):
         rows.append(("finished", str(manifest["finished"])))

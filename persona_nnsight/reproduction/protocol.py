@@ -28,8 +28,10 @@ from persona_nnsight.experiments.markers import Markers
 from persona_nnsight.experiments.substitute import Substitute
 from persona_nnsight.method.sites import DEFAULT_LAYERS, NO_LAYERS, format_layers, parse_layers
 from persona_nnsight.models.loading import Model
+from persona_nnsight.prompts.chat_template import rendering_of
 from persona_nnsight.prompts.encoding import encode_prompt
 from persona_nnsight.prompts.grids import Grid
+from persona_nnsight.prompts.rendering import Day, Rendering
 from persona_nnsight.reproduction.published import paper_model
 
 TABLES = ("table1", "table2", "table3", "table4")
@@ -94,7 +96,9 @@ def parse_targets(only: str | Iterable[str] | None) -> tuple[str, ...]:
     return tuple(table for table in TABLES if table in asked)
 
 
-def plan_table(table: str, model: Model, short: Grid, long: Grid) -> PaperTable:
+def plan_table(
+    table: str, model: Model, short: Grid, long: Grid, date: Day | None = None
+) -> PaperTable:
     """Lay out one table for a model.
 
     Args:
@@ -102,27 +106,29 @@ def plan_table(table: str, model: Model, short: Grid, long: Grid) -> PaperTable:
         model: with or without weights.
         short, long: the two grids; Tables 3 and 4 take the tasks of `long` that are tagged
             ``review``.
+        date: the day that goes into prompts, as for every experiment.
 
     Raises:
         PersonaError: the long grid has no review tasks or no markers, or a prompt is too long.
     """
     grid = {"table1": short, "table2": long}.get(table) or _reviews(long)
-    experiment = _experiment(table, model, grid)
+    experiment = _experiment(table, model, grid, rendering_of(model.tokenizer, date))
     return PaperTable(experiment, grid, experiment.plan(model, grid), table)
 
 
-def _experiment(table: str, model: Model, grid: Grid) -> Experiment[Any]:
-    n_layers = model.tree.n_layers
+def _experiment(table: str, model: Model, grid: Grid, rendering: Rendering) -> Experiment[Any]:
+    n_layers, date = model.tree.n_layers, rendering.date
     if table == "table1":
-        positions = _table1_positions(model, grid)
-        return Substitute(positions=positions, conditions=_conditions(grid))
+        positions = _table1_positions(model, grid, rendering)
+        return Substitute(date=date, positions=positions, conditions=_conditions(grid))
     if table == "table2":
         named = paper_model(model.weights.model_id)
         layers = _TABLE2_LAYERS.get(named, _TABLE2_LAYERS[None])
-        return Substitute(layers=layers, conditions=_conditions(grid))
+        return Substitute(date=date, layers=layers, conditions=_conditions(grid))
     if table == "table3":
-        return Markers(layers=edited_layer(n_layers))
-    return Inject(layers="; ".join(",".join(map(str, sets)) for sets in layer_sets(n_layers)))
+        return Markers(date=date, layers=edited_layer(n_layers))
+    together = "; ".join(",".join(map(str, sets)) for sets in layer_sets(n_layers))
+    return Inject(date=date, layers=together)
 
 
 def edited_layer(n_layers: int) -> int:
@@ -188,7 +194,7 @@ def _reviews(grid: Grid) -> Grid:
     return grid.select(tasks=keys)
 
 
-def _table1_positions(model: Model, grid: Grid) -> Sequence[str]:
+def _table1_positions(model: Model, grid: Grid, rendering: Rendering) -> Sequence[str]:
     """The paper's four positions, or three where the template has no end of the user turn."""
-    prompt = encode_prompt(model.tokenizer, grid.prompt(None, None))
+    prompt = encode_prompt(model.tokenizer, grid.prompt(None, None), rendering)
     return [*(["p_user_last"] if prompt.user_last is not None else []), "p_last", "g1", "g2"]

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Iterable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from functools import cached_property
 from pathlib import Path
 from typing import Any
@@ -19,7 +19,9 @@ from persona_nnsight.experiments.results import Result
 from persona_nnsight.models.loading import Model
 from persona_nnsight.plan.joining import join
 from persona_nnsight.plan.plan import Plan
+from persona_nnsight.prompts.chat_template import rendering_of
 from persona_nnsight.prompts.grids import Grid
+from persona_nnsight.prompts.rendering import Day
 from persona_nnsight.reproduction.comparison import comparison
 from persona_nnsight.reproduction.protocol import PaperTable, parse_targets, plan_table
 from persona_nnsight.storage.manifest import reproduction_manifest
@@ -45,6 +47,11 @@ class Reproduction:
     seconds: dict[str, float]
     complete: bool
     where: dict[str, Any]
+
+    def __getstate__(self) -> dict[str, Any]:
+        """What is pickled: all of it but the model's weights, as of a `Result`."""
+        kept = {field.name: getattr(self, field.name) for field in fields(self)}
+        return {**kept, "model": self.model.without_weights()}
 
     def table(self, name: str) -> pd.DataFrame:
         """Ours beside the published (`persona_nnsight.reproduction.comparison.comparison`)."""
@@ -73,7 +80,7 @@ class Reproduction:
             self.table(name).to_csv(directory / f"{name}.csv", index=False)
         manifest = reproduction_manifest(
             self.model,
-            list(self.results),
+            {name: result.plan for name, result in self.results.items()},
             self.seconds,
             complete=self.complete,
             where=self.where,
@@ -85,10 +92,15 @@ class Reproduction:
 
 
 def plan_reproduction(
-    model: Model, short: Grid, long: Grid, only: str | Iterable[str] | None = None
+    model: Model,
+    short: Grid,
+    long: Grid,
+    only: str | Iterable[str] | None = None,
+    date: Day | None = None,
 ) -> list[PaperTable]:
-    """What `reproduce` will run, table by table."""
-    return [plan_table(table, model, short, long) for table in parse_targets(only)]
+    """What `reproduce` will run, table by table, all on one day."""
+    day = rendering_of(model.tokenizer, date).date
+    return [plan_table(table, model, short, long, day) for table in parse_targets(only)]
 
 
 def reproduce(
@@ -97,6 +109,7 @@ def reproduce(
     short: Grid | None = None,
     long: Grid | None = None,
     only: str | Iterable[str] | None = None,
+    date: Day | None = None,
     progress: Progress | None = None,
     backend: Backend | None = None,
 ) -> Reproduction:
@@ -106,6 +119,7 @@ def reproduce(
         model: from `load_model`.
         short, long: grids in place of the built-in ones.
         only: tables to make, such as ``table1,figure1``; None for all.
+        date: the day that goes into prompts, as for every experiment.
         progress: called with (rows done, rows in all).
         backend: what does the work (`persona_nnsight.backends`); None does it here.
 
@@ -113,7 +127,8 @@ def reproduce(
         PersonaError: bad input, or a value that is not finite.
         ReproductionInterrupted: Ctrl-C; holds what was finished.
     """
-    tables = plan_reproduction(model, short or Grid.load("short"), long or Grid.load("long"), only)
+    grids = short or Grid.load("short"), long or Grid.load("long")
+    tables = plan_reproduction(model, *grids, only, date)
     return carry_out(model, tables, progress, backend)
 
 
@@ -123,6 +138,9 @@ class ReproductionInterrupted(KeyboardInterrupt):
     def __init__(self, reproduction: Reproduction) -> None:
         super().__init__()
         self.reproduction = reproduction
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return type(self), (self.reproduction,)
 
 
 def in_passes(tables: Sequence[PaperTable]) -> list[list[PaperTable]]:

@@ -56,6 +56,12 @@ class Origin:
     cwd: str
     subject: Mapping[str, Any]
 
+    @property
+    def date(self) -> str | None:
+        """The day that goes into its prompts; None where none does."""
+        rendering = self.subject.get("rendering")
+        return rendering.get("date") if isinstance(rendering, Mapping) else None
+
 
 @dataclass
 class Journal:

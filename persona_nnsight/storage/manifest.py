@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import platform
 import sys
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import asdict
 from datetime import datetime, timezone
 from importlib.metadata import version
@@ -61,6 +61,7 @@ def run_manifest(
             "seed": plan.seed,
             **({} if margin is None else {"margin": margin}),
         },
+        **rendering_record(plan),
         **_origin(model, where),
         "decoding": {"name": CHECKPOINT if plan.decoding else GREEDY, "settings": plan.decoding},
         "grid": grid.to_dict(),
@@ -80,9 +81,14 @@ def run_manifest(
     }
 
 
+def rendering_record(plan: Plan) -> dict[str, Any]:
+    """What is said of how a plan's prompts were rendered; nothing where no date is in them."""
+    return {} if plan.rendering.date is None else {"rendering": asdict(plan.rendering)}
+
+
 def reproduction_manifest(
     model: Model,
-    parts: Sequence[str],
+    parts: Mapping[str, Plan],
     seconds: Mapping[str, float],
     *,
     complete: bool,
@@ -92,7 +98,7 @@ def reproduction_manifest(
 
     Args:
         model: what it ran on.
-        parts: the tables, which are the names of their directories.
+        parts: the plans of the tables, by the names of their directories.
         seconds: wall time by pass.
         complete: whether it came to its end.
         where: where it ran.
@@ -100,6 +106,7 @@ def reproduction_manifest(
     return {
         **_header("reproduce", where, complete=complete),
         "parts": list(parts),
+        **rendering_record(next(iter(parts.values()))),
         **_origin(model, where),
         **_spent(model, where, seconds),
     }

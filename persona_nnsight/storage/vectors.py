@@ -24,6 +24,7 @@ from safetensors.torch import save
 
 from persona_nnsight.errors import PersonaError
 from persona_nnsight.prompts.grids import Grid
+from persona_nnsight.prompts.rendering import parse_day
 from persona_nnsight.storage.files import write_new
 
 if TYPE_CHECKING:
@@ -49,6 +50,7 @@ _LABELS = (
     "layers",
     "personas",
     "tasks",
+    "date",
 )
 
 
@@ -67,6 +69,7 @@ class Vectors:
         personas, tasks: text by key.
         base: h_BB, float32 [positions, layers, d_model].
         delta_x, delta_y: Δ_X by persona key and Δ_Y by task key, each like `base`.
+        date: the day that was written into the prompts, ``YYYY-MM-DD``; None for none.
 
     Raises:
         PersonaError: the labels are no grid, or a tensor does not fit them, is not float32, or
@@ -88,6 +91,7 @@ class Vectors:
     base: Tensor
     delta_x: dict[str, Tensor]
     delta_y: dict[str, Tensor]
+    date: str | None = None
 
     def __post_init__(self) -> None:
         self._check_model()
@@ -158,6 +162,7 @@ class Vectors:
                 f"the vectors are in format {labels.get('format')!r}, and this version reads "
                 f"format {FORMAT}; update persona-nnsight or save the vectors again."
             )
+        labels.setdefault("date", None)
         missing = [name for name in _LABELS if name not in labels]
         if missing:
             raise PersonaError(f"the label {missing[0]!r} is missing; save the vectors again.")
@@ -189,6 +194,7 @@ class Vectors:
         grid: Grid,
         layers: tuple[int, ...],
         positions: tuple[str, ...],
+        date: str | None = None,
     ) -> None:
         """Refuse vectors that do not belong to what is about to run.
 
@@ -198,6 +204,7 @@ class Vectors:
             model_id, model_sha256, n_layers, d_model: the model that runs.
             grid: its template, its baselines and its selected personas must be those of the file.
             layers, positions: the sites that are read; each must be in the file.
+            date: the day that is written into the prompts; it must be that of the file.
 
         Raises:
             PersonaError: anything of that is different or missing.
@@ -238,6 +245,15 @@ class Vectors:
                     f"{texts[key]!r} in the grid {grid.name!r}; use the same text, or save "
                     "vectors again with this grid."
                 )
+        if self.date != date:
+            saved, asked = (
+                f"dated {day}" if day else "without a date" for day in (self.date, date)
+            )
+            raise PersonaError(
+                f"The vectors were measured on prompts {saved}, and the prompts of this run are "
+                f"{asked}; leave --date out, use the chat template that they were measured with, "
+                "or save vectors again."
+            )
         for position in positions:
             _index("position", position, self.positions)
         for layer in layers:
@@ -288,6 +304,9 @@ class Vectors:
         for name, number in (("n_layers", self.n_layers), ("d_model", self.d_model)):
             if type(number) is not int or number < 1:
                 raise PersonaError(f"{name} is {number!r}; it must be a whole number from 1 on.")
+
+        if self.date is not None and parse_day(self.date, "date") != self.date:
+            raise PersonaError(f"date is {self.date!r}; it must be written as YYYY-MM-DD.")
 
     def _check_sites(self) -> None:
         if self.positions not in (PROMPT_POSITIONS, *((name,) for name in PROMPT_POSITIONS)):

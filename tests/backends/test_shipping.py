@@ -92,6 +92,7 @@ def test_the_shipped_modules_are_plain(sources: dict[str, str]) -> None:
     # Of the rooms below the engine, what it needs; of those above it, nothing.
     assert {name for name in names if name.startswith(("prompts.", "models."))} == {
         "prompts.prompt",
+        "prompts.rendering",
         "models.module_tree",
         "models.paths",
     }

@@ -117,6 +117,7 @@ def random_model(
         device=device,
         attention=str(module.config._attn_implementation),
         eos_ids=(_END_ID,),
+        architecture=str(config.model_type),
         n_parameters=sum(parameter.numel() for parameter in module.parameters()),
         has_weights=True,
     )

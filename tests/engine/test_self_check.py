@@ -18,6 +18,7 @@ from torch import Tensor
 from persona_nnsight import Model, PersonaError, capture, load_model, substitute
 from persona_nnsight.engine import self_check
 from persona_nnsight.engine.fast import kv_cache
+from persona_nnsight.engine.fast.inputs import forward_inputs
 from persona_nnsight.engine.self_check import find_path
 from persona_nnsight.experiments.substitute import Substitute
 from persona_nnsight.plan.run_path import RunPath, expected_path
@@ -78,10 +79,8 @@ def gathers_wrong(patched: pytest.MonkeyPatch) -> None:
 
 
 def positions_count_padding(patched: pytest.MonkeyPatch) -> None:
-    real = self_check.forward_inputs
-
     def by_column(kv: Any, ids: Tensor, seen: Tensor | None = None) -> dict[str, Any]:
-        inputs = real(kv, ids, seen)
+        inputs = forward_inputs(kv, ids, seen)
         columns = torch.arange(inputs["attention_mask"].shape[1])[-ids.shape[1] :]
         return {**inputs, "position_ids": columns.expand_as(ids)}
 

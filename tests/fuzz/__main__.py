@@ -46,8 +46,7 @@ def of_layers(raw: bytes) -> None:
 
 def of_markers(raw: bytes) -> None:
     text, *markers = raw.decode("utf-8", "replace").split("\n")
-    known = [marker.lower().strip() for marker in markers[:6]]
-    checks.check_markers(text, [marker for marker in dict.fromkeys(known) if marker])
+    checks.check_markers(text, list(dict.fromkeys(markers[:6])))
 
 
 def of_run(files: dict[str, bytes]) -> Target:

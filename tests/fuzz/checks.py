@@ -19,7 +19,7 @@ from persona_nnsight.errors import PersonaError
 from persona_nnsight.experiments.steer import parse_factors
 from persona_nnsight.experiments.substitute import _conditions
 from persona_nnsight.method.conditions import SUBSTITUTE_CONDITIONS
-from persona_nnsight.method.marker_words import distinct_markers, find_markers
+from persona_nnsight.method.marker_words import distinct_markers, find_markers, folded
 from persona_nnsight.method.sites import (
     POSITIONS,
     format_layers,
@@ -126,12 +126,11 @@ def check_model_spec(text: str) -> None:
 
 
 def check_markers(text: str, markers: Sequence[str]) -> None:
-    """The markers are as a grid holds them: lower-case and not empty."""
     found = find_markers(text, markers)
     for marker, start, end in found:
         assert marker in markers
         assert 0 <= start < end <= len(text)
-        assert marker in text[start:end].lower() or "ς" in marker + text.lower()
+        assert folded(marker) in folded(text[start:end])
     spans = [(start, end) for _, start, end in found]
     assert spans == sorted(spans)
     present = {marker for marker, _, _ in found}
@@ -157,7 +156,7 @@ def assert_grid(grid: Grid) -> None:
     for cell in grid.cells[:4]:
         assert is_key(cell.persona.key)
         assert is_key(cell.task.key)
-        assert all(marker == marker.lower() != "" for marker in cell.persona.markers)
+        assert all(marker == folded(marker) != "" for marker in cell.persona.markers)
         prompt = grid.prompt(cell.persona, cell.task)
         assert cell.persona.text in prompt
         assert cell.task.text in prompt

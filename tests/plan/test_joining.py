@@ -25,6 +25,7 @@ from persona_nnsight.plan.costs import Limits
 from persona_nnsight.plan.events import Recorded, Scored, Written
 from persona_nnsight.plan.joining import join
 from persona_nnsight.plan.plan import Plan
+from persona_nnsight.prompts.rendering import Rendering
 
 
 def studies(model: Model) -> list[tuple[Grid, Plan]]:
@@ -142,6 +143,8 @@ def test_plans_that_cannot_share_a_run(tiny64: Tiny) -> None:
         join([one, Substitute(layers=(2,), conditions="by", window=3).plan(model, MARKED)])
     with pytest.raises(ValueError, match="end at different tokens"):
         join([one, replace(one, eos_ids=(*one.eos_ids, 7))])
+    with pytest.raises(ValueError, match="rendered on different days"):
+        join([one, replace(one, rendering=Rendering("2024-07-26"))])
 
     def other(personas: dict[str, str], **changed: Any) -> Plan:
         """The same for marx, in another grid."""

@@ -312,6 +312,10 @@ def test_a_path_is_never_a_builtin_name(
         (plain(tasks={"a": {"text": "x", "markers": []}}), ["'markers'", "text, tags"]),
         (plain(personas={"a": {"text": "x", "markers": "sea"}}), ["must be a list of texts"]),
         (plain(personas={"a": {"text": "x", "markers": ["sea", 1]}}), ["markers[1]", "number"]),
+        (
+            plain(personas={"a": {"text": "x", "markers": ["sea", "\ufe0f"]}}),
+            ["'personas.a.markers[1]' is empty"],
+        ),
         (plain(tasks={"a": {"text": "x", "tags": [" "]}}), ["'tasks.a.tags[0]' is empty"]),
         (plain(personas={"a": "x\x1b[31m"}), ["'personas.a' contains", "U+001B"]),
         (plain(personas={"a": "x\ud800y"}), ["U+D800"]),
@@ -323,6 +327,13 @@ def test_from_dict_refuses(data: Any, says: list[str]) -> None:
     message = str(caught.value)
     assert all(part in message for part in says), message
     assert "\n" not in message
+
+
+def test_markers_are_kept_as_texts_are_compared() -> None:
+    written = ["Straße", "STRASSE", "ＡＩ", "ai", "cafe\u0301", "Café", "ﾗｰﾒﾝ", "\u00a8x"]
+    grid = Grid.from_dict(plain(personas={"a": {"text": "Ada", "markers": written}}))
+    assert grid.personas[0].markers == ("strasse", "ai", "café", "ラーメン", "\u0308x")
+    assert Grid.from_dict(grid.to_dict()) == grid
 
 
 # What is refused in a file

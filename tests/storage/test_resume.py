@@ -11,7 +11,8 @@ from typing import Any
 
 import pytest
 from commands import Persona, assert_one_sentence, contents, facts
-from tiny import TinyDir, make_model_dir
+from tiny import DATED, TinyDir, make_model_dir
+from zones import EARLY, LATE, zone
 
 from persona_nnsight.engine.run import run as engine
 from persona_nnsight.errors import OutOfMemoryError, PersonaError
@@ -294,6 +295,33 @@ def test_another_run_is_refused_with_the_difference(
     assert_one_sentence(persona("resume", "run"), "cannot be gone on with", said)
     after = {path: path.read_bytes() for path in Path("run").rglob("*") if path.is_file()}
     assert after == before
+
+
+def test_a_run_that_is_gone_on_with_on_another_day(
+    persona: Persona, tiny_dir: TinyDir, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The prompts have the day on which it began, here or in another time zone."""
+    model = tiny_dir("llama", chat_template=DATED)
+    with zone(monkeypatch, EARLY):
+        assert persona(*command("inject", model, "whole")).code == 0
+        started(persona, monkeypatch, model)
+    with zone(monkeypatch, LATE):
+        assert persona(*command("inject", model, "later")).code == 0
+        assert persona("resume", "run").code == 0
+    assert contents(Path("run")) == contents(Path("whole")) != contents(Path("later"))
+    days = [facts(Path(name))["rendering"]["date"] for name in ("whole", "run", "later")]
+    assert days[0] == days[1] < days[2]
+    assert facts(Path("run"))["argv"] == [str(word) for word in command("inject", model, "run")]
+
+
+@pytest.mark.parametrize("rendering", ["2024-07-26", {"date": 5}, {"date": "--out=x"}, [], None])
+def test_a_date_in_the_journal_that_is_none(
+    persona: Persona, tiny_dir: TinyDir, monkeypatch: pytest.MonkeyPatch, rendering: object
+) -> None:
+    started(persona, monkeypatch, tiny_dir("llama", chat_template=DATED))
+    edit_pending(lambda data: data["origin"]["subject"].update(rendering=rendering))
+    said = "cannot be gone on with" if not isinstance(rendering, dict) else "is no day"
+    assert_one_sentence(persona("resume", "run"), said)
 
 
 def test_another_model_is_refused(

@@ -323,6 +323,34 @@ def test_vectors_of_something_else(
 
 
 @pytest.mark.parametrize(
+    ("measured", "runs", "says"),
+    [
+        ("2024-07-26", "2024-07-27", "on prompts dated 2024-07-26, and .* are dated 2024-07-27"),
+        ("2024-07-26", None, "on prompts dated 2024-07-26, and .* are without a date"),
+        (None, "2024-07-26", "on prompts without a date, and .* are dated 2024-07-26"),
+    ],
+)
+def test_vectors_of_another_day(
+    vectors: Vectors, grid: Grid, measured: str | None, runs: str | None, says: str
+) -> None:
+    dated = replace(vectors, date=measured)
+    check(dated, grid, date=measured)
+    with pytest.raises(PersonaError, match=says):
+        check(dated, grid, date=runs)
+
+
+@pytest.mark.parametrize("day", ["26 Jul 2024", "2024-7-26", "", 20240726])
+def test_a_date_that_is_none(vectors: Vectors, day: Any) -> None:
+    with pytest.raises(PersonaError, match=r"date is .*YYYY-MM-DD"):
+        replace(vectors, date=day)
+
+
+def test_the_date_is_kept(vectors: Vectors, tmp_path: Path) -> None:
+    path = replace(vectors, date="2024-07-26").save(tmp_path / "v.safetensors")
+    assert Vectors.load(path).date == "2024-07-26"
+
+
+@pytest.mark.parametrize(
     ("change", "says"),
     [
         ({"template": "{persona}: {task}"}, "the template 'As .*', but the grid 'mine' has '{pers"),

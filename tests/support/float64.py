@@ -22,6 +22,8 @@ from persona_nnsight import Model
 
 _to: Callable[..., Tensor] = Tensor.to
 _softmax: Callable[..., Tensor] = nn.functional.softmax
+_randn: Callable[..., Tensor] = torch.randn
+_tensor: Callable[..., Tensor] = torch.tensor
 
 
 def _wide(value: Any) -> Any:
@@ -36,6 +38,14 @@ def _softmax_wide(*args: Any, dtype: Any = None, **options: Any) -> Tensor:
     return _softmax(*args, dtype=_wide(dtype), **options)
 
 
+def _randn_wide(*args: Any, dtype: Any = None, **options: Any) -> Tensor:
+    return _randn(*args, dtype=_wide(dtype), **options)
+
+
+def _tensor_wide(*args: Any, dtype: Any = None, **options: Any) -> Tensor:
+    return _tensor(*args, dtype=_wide(dtype), **options)
+
+
 @contextmanager
 def in_float64() -> Iterator[None]:
     """What asks for float32, or for no dtype, gets float64."""
@@ -46,6 +56,8 @@ def in_float64() -> Iterator[None]:
             patch.object(Tensor, "float", Tensor.double),
             patch.object(Tensor, "to", _to_wide),
             patch.object(nn.functional, "softmax", _softmax_wide),
+            patch.object(torch, "randn", _randn_wide),
+            patch.object(torch, "tensor", _tensor_wide),
         ):
             yield
     finally:

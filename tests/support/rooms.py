@@ -6,7 +6,7 @@ from __future__ import annotations
 MAY_IMPORT: dict[str, set[str]] = {
     "errors": set(),
     "method": {"errors"},
-    "prompts": {"errors"},
+    "prompts": {"errors", "method"},
     "models": {"errors"},
     "plan": {"errors", "method", "prompts", "models"},
     "engine": {"errors", "method", "prompts", "models", "plan"},

@@ -67,6 +67,7 @@ def reproduce(
             rich_help_panel="Cells",
         ),
     ] = None,
+    date: o.Date = None,
     where: o.BackendOptions,
     run: o.RunOptions,
 ) -> None:
@@ -124,7 +125,7 @@ def reproduce(
         model,
         where,
         run,
-        plan=lambda skeleton: plan_reproduction(skeleton, short, long, only),
+        plan=lambda skeleton: plan_reproduction(skeleton, short, long, only, date),
         show_plan=show_plan,
         name="reproduce-{model}",
     )

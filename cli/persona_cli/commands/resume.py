@@ -81,6 +81,8 @@ def resume(
             f"comes with its checkpoint; if you trust that code, add {TRUST}."
         )
     again = [*origin.argv, "--resume", str(target)]
+    if origin.date is not None:
+        again.append(f"--date={origin.date}")
     if journal.backend == BACKEND:
         host = Ledger.of(journal).host
         _confirm(host, ndif_host)

@@ -102,6 +102,7 @@ def _show(vectors: Vectors, keys: list[str], position: str) -> None:
         ("template", vectors.template),
         ("baseline persona", vectors.baseline_persona),
         ("baseline task", vectors.baseline_task),
+        *([("date in prompts", vectors.date)] if vectors.date else []),
         ("positions", ", ".join(vectors.positions)),
         ("layers", ", ".join(map(str, vectors.layers))),
         ("tasks", ", ".join(vectors.tasks)),

@@ -14,6 +14,7 @@ import hashlib
 import json
 from collections.abc import Iterable
 from pathlib import Path, PurePosixPath
+from typing import Any
 
 CONFIG, GENERATION_CONFIG = "config.json", "generation_config.json"
 
@@ -120,6 +121,15 @@ def unreadable(directory: Path) -> str | None:
         except (OSError, ValueError, RecursionError):
             return name
     return None
+
+
+def settings_of(directory: Path, name: str) -> dict[str, Any]:
+    """What a configuration file that is no damaged one says (`unreadable`); nothing without it."""
+    try:
+        found: dict[str, Any] = json.loads((directory / name).read_text("utf-8"))
+    except FileNotFoundError:
+        return {}
+    return found
 
 
 def has_vocabulary(directory: Path) -> bool:
