@@ -88,6 +88,15 @@ class Model:
         """Whether the dtype has fewer bits than float32, so that its rounding shows in KLs."""
         return has_few_bits(self.dtype)
 
+    @property
+    def embedding_rows(self) -> int:
+        """How many token ids can be fed; of some models more than it tells apart in its output."""
+        try:
+            embedding: Any = self.lm._module.get_input_embeddings()
+        except NotImplementedError:  # code of its own that does not say which it is
+            return self.tree.vocab_size
+        return int(embedding.weight.shape[0])
+
 
 def load_model(
     spec: str = DEFAULT_MODEL,
