@@ -162,8 +162,9 @@ def _fast(probe: _Probe) -> RunPath:
     prefix = prefill(lm, plan, probing_tree(plan, probe.prompts, window=tree.window))
     chunk = replace(probe.chunk, device=prefix.opening.device)
     rows = prefix.rows(probe.prompts)
-    inputs = prompt_inputs(chunk, prefix, rows, _DECODED)
-    excess = _decoded_excess(probe, inputs, _DECODED, probe.ids)
+    # Of the shorter one, which is padded.
+    inputs = prompt_inputs(chunk, prefix, rows[:1], _DECODED)
+    excess = _decoded_excess(probe, inputs, _DECODED, probe.ids[:1])
     follows = torch.tensor([probe.follows] * 2, device=chunk.device)
     ids = torch.cat([prefix.tails[rows], follows], dim=1)
     fed = ids.shape[1]
