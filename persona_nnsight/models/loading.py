@@ -18,6 +18,7 @@ from persona_nnsight.models.left_behind import LeftBehind
 from persona_nnsight.models.module_tree import ModuleTree, find_tree, has_few_bits
 from persona_nnsight.models.observation import observed
 from persona_nnsight.models.paths import AUTO, PATHS
+from persona_nnsight.models.quantization import not_here, quantization_of
 from persona_nnsight.models.unused_tensors import refuse_unused
 from persona_nnsight.models.weights.embedded import ALIAS
 from persona_nnsight.models.weights.model_files import (
@@ -61,6 +62,7 @@ class Model:
         decoding: settings of the checkpoint that decoding keeps to; none where the largest logit
             wins.
         path: which way rows take through the engine: ``auto``, ``fast`` or ``whole``.
+        quantization: the method that the weights are quantised with, or None.
     """
 
     lm: TransformersModel
@@ -77,6 +79,7 @@ class Model:
     trust_remote_code: bool = False
     decoding: dict[str, Any] = field(default_factory=dict)
     path: str = AUTO
+    quantization: str | None = None
 
     def without_weights(self) -> Model:
         """What it is, for a result that is pickled: without weights and tokenizer."""
@@ -156,7 +159,7 @@ def load_model(
     if trust_remote_code:
         _check_origin_of_code(source)
     config = _load_config(source, trust_remote_code)
-    loader = class_of(config, source.spec)
+    loader, quantization = class_of(config, source.spec), quantization_of(config, source.spec)
     tokenizer = _load_tokenizer(source, trust_remote_code)
     options = _options(config, chosen_dtype, attn, trust_remote_code)
     # Before weights are read, which may take minutes.
@@ -179,6 +182,7 @@ def load_model(
         trust_remote_code=trust_remote_code,
         decoding=decoding_of(settings_of(Path(source.path), GENERATION_CONFIG), decoding),
         path=path,
+        quantization=quantization,
     )
 
 
@@ -298,6 +302,8 @@ def _load_lm(
             **options,
         )
     except Exception as error:
+        if (method := quantization_of(config, source.spec)) is not None:
+            raise not_here(source.spec, method, error) from error
         raise _unreadable(source, error) from error
     if report["mismatched_keys"]:
         name, there, needed = sorted(report["mismatched_keys"])[0]
