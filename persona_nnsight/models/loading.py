@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -113,6 +114,7 @@ def load_model(
     path: str = AUTO,
     weights: bool = True,
     fetch: bool = True,
+    needs_template: bool = False,
     notify: Callable[[str], None] | None = None,
 ) -> Model:
     """Load a causal language model for tracing.
@@ -140,6 +142,8 @@ def load_model(
         weights: False builds the skeleton alone, enough to plan a run; of a hub model only the
             configuration and tokenizer are fetched for it.
         fetch: False never downloads or converts weights.
+        needs_template: True refuses a GGUF file without a chat template before it is converted, as
+            such a model has no user turn; False leaves it to you to give the tokenizer one.
         notify: called with a line of text before something slow (a download, a conversion).
 
     Raises:
@@ -155,35 +159,56 @@ def load_model(
         )
     if attn not in (None, *ATTENTION):
         raise PersonaError(f"Attention {attn!r} is not known; use {', '.join(ATTENTION)}.")
-    source = resolve(spec, revision=revision, fetch=fetch, weights=weights, notify=notify)
-    if trust_remote_code:
-        _check_origin_of_code(source)
-    config = _load_config(source, trust_remote_code)
-    loader, quantization = class_of(config, source.spec), quantization_of(config, source.spec)
-    tokenizer = _load_tokenizer(source, trust_remote_code)
-    options = _options(config, chosen_dtype, attn, trust_remote_code)
-    # Before weights are read, which may take minutes.
-    skeleton = _skeleton(source, config, loader, tokenizer, options)
-    tree = observed(skeleton._module, find_tree(skeleton._module, chosen_dtype))
-    lm = _load_lm(source, config, loader, tokenizer, placement, options) if weights else skeleton
-    module = lm._module
-    return Model(
-        lm=lm,
-        tokenizer=tokenizer,
-        weights=source,
-        tree=tree,
-        dtype=chosen_dtype,
-        device=placement,
-        attention=str(module.config._attn_implementation),
-        architecture=str(module.config.model_type),
-        eos_ids=end_tokens(Path(source.path), config, tokenizer, tree.vocab_size),
-        n_parameters=sum(parameter.numel() for parameter in module.parameters()),
-        has_weights=weights,
-        trust_remote_code=trust_remote_code,
-        decoding=decoding_of(settings_of(Path(source.path), GENERATION_CONFIG), decoding),
-        path=path,
-        quantization=quantization,
+    source = resolve(
+        spec,
+        revision=revision,
+        fetch=fetch,
+        weights=weights,
+        needs_template=needs_template,
+        notify=notify,
     )
+    with _in_one_sentence(source):
+        if trust_remote_code:
+            _check_origin_of_code(source)
+        config = _load_config(source, trust_remote_code)
+        loader, quantization = class_of(config, source.spec), quantization_of(config, source.spec)
+        tokenizer = _load_tokenizer(source, trust_remote_code)
+        options = _options(config, chosen_dtype, attn, trust_remote_code)
+        # Before weights are read, which may take minutes.
+        skeleton = _skeleton(source, config, loader, tokenizer, options)
+        tree = observed(skeleton._module, find_tree(skeleton._module, chosen_dtype))
+        lm = skeleton
+        if weights:
+            lm = _load_lm(source, config, loader, tokenizer, placement, options)
+        module = lm._module
+        return Model(
+            lm=lm,
+            tokenizer=tokenizer,
+            weights=source,
+            tree=tree,
+            dtype=chosen_dtype,
+            device=placement,
+            attention=str(module.config._attn_implementation),
+            architecture=str(module.config.model_type),
+            eos_ids=end_tokens(Path(source.path), config, tokenizer, tree.vocab_size),
+            n_parameters=sum(parameter.numel() for parameter in module.parameters()),
+            has_weights=weights,
+            trust_remote_code=trust_remote_code,
+            decoding=decoding_of(settings_of(Path(source.path), GENERATION_CONFIG), decoding),
+            path=path,
+            quantization=quantization,
+        )
+
+
+@contextmanager
+def _in_one_sentence(source: Weights) -> Iterator[None]:
+    """Say of whatever a model of another kind makes fail that the model cannot be loaded."""
+    try:
+        yield
+    except PersonaError:
+        raise
+    except Exception as error:
+        raise _unreadable(source, error) from error
 
 
 def _device(device: str) -> str:
