@@ -259,14 +259,22 @@ def _keeps_cache(probe: _Probe) -> bool:
 def _decoded_excess(
     probe: _Probe, inputs: dict[str, Any], n_tokens: int, prompts: Sequence[Sequence[int]]
 ) -> float:
-    """How far the logits of a ``generate`` are from those of plain forwards over its tokens."""
-    lm = probe.chunk.lm
+    """How far the logits of a ``generate`` are from those of plain forwards over its tokens.
+
+    Infinitely far where a step feeds more than the last token: an edit of an earlier one would be
+    undone by the next step.
+    """
+    lm, layer = probe.chunk.lm, min(1, probe.chunk.tree.n_layers - 1)
     forget(lm)
     with wide_logits(lm), lm.generate(**inputs) as tracer:
+        fed = nnsight.save([])
         steps = nnsight.save([])
         for _ in tracer.iter[:n_tokens]:
+            fed.append(probe.chunk.residual(layer).shape[-2])
             steps.append(lm.output.logits[:, -1].clone())
         tokens = nnsight.save(tracer.result)
+    if any(count != 1 for count in fed[1:]):
+        return math.inf
     written = tokens[:, -n_tokens:].tolist()
     rows = [[*own, *more[:-1]] for own, more in zip(prompts, written, strict=True)]
     logits = torch.stack(list(steps), dim=1)

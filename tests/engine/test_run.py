@@ -29,7 +29,7 @@ WAYS = [
     *((family, "whole") for family in ("llama", "gemma2", "gemma3_vlm", "mistral", "gpt2")),
 ]
 #: Of the demanding families, those whose text an edit changes.
-TALKATIVE = [family for family in DEMANDING if family != "mpt"]
+TALKATIVE = [family for family in DEMANDING if family not in ("mpt", "openai_gpt")]
 LAYERS = (2, 4)
 POSITIONS = ("p_user_last", "p_last", "g1", "g3")
 

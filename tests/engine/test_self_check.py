@@ -61,6 +61,12 @@ def test_rows_short_of_what_makes_the_difference_stay_fast(tiny: Tiny) -> None:
     assert path_of(model, replace(plan, window=10)).name == "whole"
 
 
+def test_a_model_that_is_fed_all_its_text_again_is_decoded_anew(tiny: Tiny) -> None:
+    """Its next step would undo an edit, although unedited logits are right."""
+    found = path_of(tiny("openai_gpt"))
+    assert (found.name, found.causal, found.keeps_cache) == ("whole", True, False)
+
+
 def test_layers_that_lend_their_keys_are_not_skipped(tiny: Tiny) -> None:
     found = path_of(tiny("gemma4"))
     assert (found.name, found.deepest) == ("fast", 1)

@@ -43,6 +43,8 @@ from transformers import (
     MptForCausalLM,
     Olmo2Config,
     Olmo2ForCausalLM,
+    OpenAIGPTConfig,
+    OpenAIGPTLMHeadModel,
     Phi3Config,
     Phi3ForCausalLM,
     PreTrainedConfig,
@@ -381,6 +383,21 @@ def _mamba() -> PreTrainedModel:
     return _build(MambaForCausalLM, MambaConfig(**sizes, state_size=8, **_IDS))
 
 
+def _openai_gpt() -> PreTrainedModel:
+    """Keeps nothing between tokens."""
+    return _build(
+        OpenAIGPTLMHeadModel,
+        OpenAIGPTConfig(
+            vocab_size=VOCAB_SIZE,
+            n_positions=1024,
+            n_embd=_TEXT["hidden_size"],
+            n_layer=N_LAYERS,
+            n_head=_TEXT["num_attention_heads"],
+            **_IDS,
+        ),
+    )
+
+
 def _qwen2_5_vl() -> PreTrainedModel:
     """A text decoder within a model that also sees; it has no class of its own."""
     rope = {"rope_type": "default", "rope_theta": 10000.0, "mrope_section": [1, 1, 2]}
@@ -425,6 +442,7 @@ DEMANDING: dict[str, Callable[[], PreTrainedModel]] = {
     "lfm2": _lfm2,
     "qwen3_5": _qwen3_5,
     "mamba": _mamba,
+    "openai_gpt": _openai_gpt,
     "qwen2_5_vl": _qwen2_5_vl,
 }
 """Those that do not bear all of it, or take more to be loaded."""

@@ -73,8 +73,11 @@ def run_unedited(chunk: Chunk, decoded: Decoded, limits: Limits, *, scored: bool
         each = [found[row].logits for row in xy]
         padded = [torch.nn.functional.pad(one, (0, 0, 0, width - len(one))) for one in each]
         clean = Clean.of(torch.stack(padded))
+    sites = [(name, layer) for name in plan.positions for layer in plan.layers]
     return Unedited(
-        _stacked([found[row] for row in xy]), _stacked([rest[r] for r in others]), clean
+        _stacked(chunk, sites, [found[row] for row in xy]),
+        _stacked(chunk, sites, [rest[row] for row in others]),
+        clean,
     )
 
 
@@ -130,15 +133,12 @@ def _run(
     return done
 
 
-def _stacked(found: Sequence[_Found]) -> Sites:
+def _stacked(chunk: Chunk, sites: Sequence[tuple[str, int]], found: Sequence[_Found]) -> Sites:
     """Sites of several rows; 0 where a row's continuation ended before the position."""
-    every = {site: value for one in found for site, value in one.residuals.items()}
+    nothing = torch.zeros(chunk.tree.d_model, device=chunk.device)
 
     def stack(of: Sequence[dict[tuple[str, int], Tensor]]) -> dict[tuple[str, int], Tensor]:
-        known = {site for one in of for site in one}
-        return {
-            site: torch.stack([one.get(site, torch.zeros_like(every[site])) for one in of])
-            for site in known
-        }
+        return {site: torch.stack([one.get(site, nothing) for one in of]) for site in sites}
 
-    return Sites(stack([one.residuals for one in found]), stack([one.normed for one in found]))
+    normed = [one.normed for one in found]
+    return Sites(stack([one.residuals for one in found]), stack(normed) if any(normed) else {})
