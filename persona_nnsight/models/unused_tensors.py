@@ -7,9 +7,10 @@ store, is told by its values.
 
 from __future__ import annotations
 
-from collections.abc import Collection, Mapping
+from collections import Counter
+from collections.abc import Collection, Iterator, Mapping
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -41,10 +42,10 @@ def refuse_unused(
             to be ignorable.
 
     Raises:
-        PersonaError: there are such tensors; two for one place; or an output embedding of its own
-            where config.json ties it to the input's.
+        PersonaError: there are such tensors; two for one place; an output embedding of its own
+            where config.json ties it to the input's; or quantised numbers without their scale.
     """
-    files = _stored(Path(source.path))
+    stored = _stored(Path(source.path))
     unused = sorted(unexpected)
     if unused:  # which is rare, and what follows takes long
         elsewhere = _whole_model(config, module)
@@ -52,7 +53,7 @@ def refuse_unused(
             name
             for name in unused
             if name not in elsewhere
-            and not (name in files and _is_constant(_read(files, name), module))
+            and not (name in stored and _is_constant(_read(stored[name][0]), module))
         ]
     if unused:
         raise PersonaError(
@@ -64,14 +65,14 @@ def refuse_unused(
     prefix = f"{module.base_model_prefix}."
     double = sorted(
         name
-        for name in files
-        if prefix + name in files
-        and not torch.equal(_read(files, name), _read(files, prefix + name))
+        for name, (place, *others) in stored.items()
+        for other in (*others, *stored.get(prefix + name, ()))
+        if not torch.equal(_read(place), _read(other))
     )
     if double:
         raise PersonaError(
-            f"The weights of {source.spec!r} hold {_count(double)} twice ({_first(double)}, also "
-            f"under {prefix + double[0]}), of which one would be left out; take one of each away."
+            f"The weights of {source.spec!r} hold {_count(double)} twice with other values "
+            f"({_first(double)}), of which one would be left out; take one of each away."
         )
     tied = module.get_expanded_tied_weights_keys(all_submodels=True)
     if untied := sorted(set(tied) - set(module.all_tied_weights_keys)):
@@ -79,6 +80,12 @@ def refuse_unused(
             f"The weights of {source.spec!r} hold {_count(untied)} with values of their own "
             f"({_first(untied)}) that its config.json ties to {tied[untied[0]]}; set "
             "tie_word_embeddings in it to false if they belong to the model, or take them away."
+        )
+    if bare := sorted(_bare(stored, module, hasattr(config, "quantization_config"))):
+        raise PersonaError(
+            f"The weights of {source.spec!r} hold {_count(bare)} as {stored[bare[0]][0].dtype} "
+            f"without the scale that belongs to it ({_first(bare)}); fetch or copy the model "
+            "again, whole, or choose one that is not quantised."
         )
 
 
@@ -90,15 +97,44 @@ def _first(names: list[str]) -> str:
     return f"{names[0]}, ..." if len(names) > 1 else names[0]
 
 
-def _stored(directory: Path) -> dict[str, Path]:
-    """The names of the tensors in the weights that are read, each with its file."""
+class _Place(NamedTuple):
+    """Where a tensor is stored, and as which kind of numbers."""
+
+    file: Path
+    name: str
+    dtype: str
+
+
+def _stored(directory: Path) -> dict[str, list[_Place]]:
+    """The tensors in the weights that are read, by name; shards may have several of one name."""
     from safetensors import safe_open
 
-    found: dict[str, Path] = {}
+    found: dict[str, list[_Place]] = {}
     for path in weight_files(directory):
         with safe_open(path, "pt") as stored:
-            found.update(dict.fromkeys(stored.keys(), path))
+            for name in stored.keys():  # noqa: SIM118 - no dictionary
+                place = _Place(path, name, stored.get_slice(name).get_dtype())
+                found.setdefault(name, []).append(place)
     return found
+
+
+def _bare(
+    stored: Mapping[str, list[_Place]], module: PreTrainedModel, quantised: bool
+) -> Iterator[str]:
+    """Tensors of quantised numbers that were taken for the numbers themselves.
+
+    Integers are no weights without a scale beside them; 8-bit floats may be, unless config.json
+    says that they are quantised.
+    """
+    parameters = dict(module.named_parameters())
+    # A scale is a tensor of the same module, or stands below the weight's own name.
+    beside = Counter(name.rpartition(".")[0] for name in stored if not name.endswith(".bias"))
+    for name, (place, *_) in stored.items():
+        small = place.dtype.startswith("F8") and quantised
+        whole = place.dtype.startswith(("F", "BF")) and not small
+        alone = beside[name.rpartition(".")[0]] == 1 and name not in beside
+        if not whole and alone and name in parameters:
+            yield name
 
 
 def _whole_model(config: PretrainedConfig, module: PreTrainedModel) -> Collection[str]:
@@ -122,11 +158,11 @@ def _whole_model(config: PretrainedConfig, module: PreTrainedModel) -> Collectio
     return names | {name.removeprefix(f"{named.base_model_prefix}.") for name in names}
 
 
-def _read(files: Mapping[str, Path], name: str) -> Tensor:
+def _read(place: _Place) -> Tensor:
     from safetensors import safe_open
 
-    with safe_open(files[name], "pt") as stored:
-        tensor: Tensor = stored.get_tensor(name)
+    with safe_open(place.file, "pt") as stored:
+        tensor: Tensor = stored.get_tensor(place.name)
     return tensor
 
 

@@ -19,6 +19,7 @@ from persona_nnsight import PersonaError, load_model
 
 Change = Callable[[dict[str, Tensor]], object]
 
+Q = "model.layers.0.self_attn.q_proj.weight"
 Q_BIAS = "model.layers.0.self_attn.q_proj.bias"
 LORA = "base_model.model.model.layers.1.self_attn.q_proj.lora_{}.weight"
 
@@ -108,7 +109,19 @@ LEFT_OUT: dict[str, tuple[str, Change, dict[str, object], str]] = {
         "llama",
         adds(**{"norm.weight": torch.ones(32)}),
         {},
-        "1 tensor twice (norm.weight, also under model.norm.weight)",
+        "1 tensor twice with other values (norm.weight)",
+    ),
+    "integers without a scale": (
+        "llama",
+        lambda w: w.update({Q: (50 * w[Q]).to(torch.int8)}),
+        {},
+        f"1 tensor as I8 without the scale that belongs to it ({Q})",
+    ),
+    "8-bit floats without their scale": (
+        "llama",
+        lambda w: w.update({Q: w[Q].to(torch.float8_e4m3fn)}),
+        {"quantization_config": {"quant_method": "fp8", "weight_block_size": [64, 64]}},
+        f"1 tensor as F8_E4M3 without the scale that belongs to it ({Q})",
     ),
 }
 
@@ -153,6 +166,10 @@ HARMLESS: dict[str, tuple[str, Change]] = {
         lambda w: w.update({"lm_head.weight": w["model.embed_tokens.weight"]}),
     ),
     "a tensor under two names": ("llama", doubled),
+    "8-bit floats that are no quantised ones": (
+        "llama",
+        lambda w: w.update({Q: w[Q].to(torch.float8_e4m3fn)}),
+    ),
 }
 
 
@@ -233,6 +250,19 @@ def test_a_copy_in_another_layout_may_stay(directory: Callable[..., Path]) -> No
     assert load_model(str(path)).has_weights
     save({"more": torch.ones(1)}, path / "more.safetensors")
     assert "2 files of weights that would not be read (all.safetensors)" in refusal(path)
+
+
+def test_a_tensor_in_two_shards(directory: Callable[..., Path]) -> None:
+    path = directory("llama")
+    weights = load_file(path / "model.safetensors")
+    (path / "model.safetensors").rename(path / "model-1.safetensors")
+    shards = dict.fromkeys(weights, "model-1.safetensors") | {Q: "model-2.safetensors"}
+    index = {"metadata": {}, "weight_map": shards}
+    (path / "model.safetensors.index.json").write_text(json.dumps(index))
+    save({Q: weights[Q]}, path / "model-2.safetensors")
+    assert load_model(str(path)).has_weights
+    save({Q: weights[Q] + 1}, path / "model-2.safetensors")
+    assert f"1 tensor twice with other values ({Q})" in refusal(path)
 
 
 def test_weights_of_another_name(directory: Callable[..., Path]) -> None:
