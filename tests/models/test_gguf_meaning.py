@@ -25,6 +25,7 @@ from transformers import (
     Starcoder2Config,
 )
 
+from persona_nnsight import load_model
 from persona_nnsight.errors import PersonaError
 from persona_nnsight.models.weights.resolve import resolve
 
@@ -410,6 +411,23 @@ REFUSED: dict[str, tuple[Callable[[Path], Path], str]] = {
 def test_what_no_configuration_holds_is_named(tmp_path: Path, case: str) -> None:
     write, says = REFUSED[case]
     assert says in refusal(write(tmp_path / "m.gguf"))
+
+
+def test_end_tokens_are_those_of_the_file(tmp_path: Path) -> None:
+    """That of a turn beside that of a text, which is all that transformers' loader reads."""
+    ends: dict[str, object] = {
+        "tokenizer.ggml.eot_token_id": 7, "tokenizer.ggml.eom_token_id": 9,
+    }  # fmt: skip
+    model = model_of(LlamaConfig(**SIZES))
+    gguf = export(model, tmp_path / "m.gguf", "llama", keys=ends)
+    assert load_model(str(gguf)).eos_ids == (7, 9, VOCAB_SIZE - 2)  # and <|im_end|>
+
+
+def test_a_file_without_an_end_token_has_no_default(tmp_path: Path) -> None:
+    """That of Llama's class is 2, an ordinary letter here; the template's remains."""
+    model = model_of(LlamaConfig(**SIZES))
+    gguf = export(model, tmp_path / "m.gguf", "llama", eos=False)
+    assert load_model(str(gguf)).eos_ids == (VOCAB_SIZE - 2,)
 
 
 def test_notes_say_nothing_of_the_model(tmp_path: Path) -> None:

@@ -27,6 +27,7 @@ def export(
     *,
     keys: Mapping[str, object] | None = None,
     tensors: Mapping[str, Tensor] | None = None,
+    eos: bool = True,
 ) -> Path:
     """Write a model as a GGUF file in float32, with a byte-level tokenizer and a chat template.
 
@@ -36,6 +37,7 @@ def export(
         architecture: what GGUF calls the kind.
         keys: more metadata, by full names.
         tensors: more tensors, by their names in the file.
+        eos: whether it says which token ends a text.
     """
     config: Any = model.config.get_text_config()
     settings = config.to_dict()
@@ -54,7 +56,7 @@ def export(
         writer.add_layer_norm_eps(next(settings[name] for name in settings if "eps" in name))
     for key, value in (keys or {}).items():
         _add(writer, key, value)
-    _add_tokenizer(writer)
+    _add_tokenizer(writer, eos=eos)
     for name, tensor in [*_tensors(model, architecture), *(tensors or {}).items()]:
         writer.add_tensor(name, tensor.detach().float().contiguous().numpy())
     writer.write_header_to_file()
@@ -75,7 +77,7 @@ def _add(writer: gguf.GGUFWriter, key: str, value: object) -> None:
     adders[type(value)](key, value)
 
 
-def _add_tokenizer(writer: gguf.GGUFWriter) -> None:
+def _add_tokenizer(writer: gguf.GGUFWriter, *, eos: bool) -> None:
     byte_letters: Callable[[], dict[int, str]] = bytes_to_unicode
     special = [IM_START, IM_END, PAD]
     writer.add_tokenizer_model("gpt2")
@@ -84,7 +86,8 @@ def _add_tokenizer(writer: gguf.GGUFWriter) -> None:
     writer.add_token_scores([0.0] * VOCAB_SIZE)
     writer.add_token_merges(["a b", "c d"])
     writer.add_bos_token_id(_IM_START_ID)
-    writer.add_eos_token_id(_IM_END_ID)
+    if eos:
+        writer.add_eos_token_id(_IM_END_ID)
     writer.add_pad_token_id(_PAD_ID)
     writer.add_chat_template(CHATML)
 

@@ -25,7 +25,7 @@ from persona_nnsight.errors import PersonaError, first_line
 from persona_nnsight.models.weights.model_files import CONFIG, human_size
 
 if TYPE_CHECKING:
-    from transformers import PreTrainedConfig, PreTrainedTokenizerBase
+    from transformers import PreTrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
 
 MARKER = "persona-model.json"
 """Written last into a converted directory: where it came from, hashes and versions."""
@@ -206,19 +206,38 @@ def _save(gguf: Path, target: Path) -> None:
     # to a plain model of the same configuration.
     model.load_state_dict(loaded.state_dict(), assign=True)
     model.generation_config = loaded.generation_config
+    _give_end_tokens(model, reader)
     model.save_pretrained(target)
     for file in target.glob("*.safetensors"):  # written for the owner's eyes only
         shutil.copymode(target / CONFIG, file)
-    _agree_on_special_tokens(tokenizer, config)
+    _agree_on_special_tokens(tokenizer, model.config)
     tokenizer.save_pretrained(target)
+
+
+#: Keys of a file's tokens that end a text, a turn, and a message.
+_ENDS = tuple(f"tokenizer.ggml.{end}_token_id" for end in ("eos", "eot", "eom"))
+
+
+def _give_end_tokens(model: PreTrainedModel, reader: Any) -> None:
+    """Give a model the end tokens of a file: all of them, and no default of its class."""
+    given = [reader.fields[key].contents() for key in _ENDS if key in reader.fields]
+    if _ENDS[0] not in reader.fields:
+        model.config.eos_token_id = None
+    # Of some models transformers knows several.
+    own = model.config.eos_token_id
+    known = own if isinstance(own, list) else [own]
+    ends = sorted({*given, *(token for token in known if token is not None)})
+    model.generation_config.eos_token_id = ends[0] if len(ends) == 1 else ends or None
 
 
 def _agree_on_special_tokens(tokenizer: PreTrainedTokenizerBase, config: PreTrainedConfig) -> None:
     """Give the tokenizer the end and padding tokens of the model where the two disagree.
 
     transformers reads them from a GGUF for the model but not always for the tokenizer:
-    SmolLM2's would end its turns with `<|im_start|>`.
+    SmolLM2's would end its turns with `<|im_start|>`. It makes an end token up where there is none.
     """
+    if config.eos_token_id is None:
+        tokenizer.eos_token = None
     for name in ("eos_token", "pad_token"):
         ids = getattr(config, f"{name}_id", None)
         first = ids[0] if isinstance(ids, list) and ids else ids
