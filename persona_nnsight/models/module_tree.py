@@ -82,9 +82,10 @@ def find_tree(model: PreTrainedModel, dtype: torch.dtype) -> ModuleTree:
     ]
     if n_layers is None or len(fitting) != 1:
         seen = ", ".join(f"{name} ({length})" for name, length in lists.items()) or "none"
+        wanted = "all" if n_layers is None else n_layers
         raise PersonaError(
             f"Cannot find the decoder layers of a {type(model).__name__}: looked for one list of "
-            f"{'all' if n_layers is None else n_layers} modules outside a vision or audio tower, such as model.layers or "
+            f"{wanted} modules outside a vision or audio tower, such as model.layers or "
             f"transformer.h, and the module lists here are {seen}; please report the architecture."
         )
     kept = DynamicCache(config=model.config).layers

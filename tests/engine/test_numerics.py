@@ -101,7 +101,7 @@ def test_a_weight_that_is_not_finite(
     """Layer 2 reads what comes before the bad weight, layer 3 is the first after it."""
     model = spoilt(tmp_path / "m", put(WEIGHT, (3, 5), value))
     said = refusal(persona, *COMMANDS[command], "--model", model, "--layers", layers)
-    where = "of the XY prompt of cell yoda/haiku is not finite at layer 3, position p_last"
+    where = "of the XY prompt of cell yoda/haiku is not finite at layer 3, position before p_last"
     assert where in said
 
 
@@ -142,7 +142,7 @@ def test_an_unedited_host_that_is_not_finite(persona: Persona, tiny: Tiny, tmp_p
     # At layer 0 the sites are what they should be: they do not see the other tokens yet.
     model = spoilt(tmp_path / "m", put(EMBEDDING, (token(tiny("llama"), "Q"), 0), NAN))
     said = refusal(persona, "inject", "--model", model, "--layers", "0")
-    assert "of the BY prompt of cell yoda/haiku is not finite at layer 1, position p_last" in said
+    assert "of the BY prompt of cell yoda/haiku is not finite at layer 0, position before p_last" in said
 
 
 def test_an_edit_that_overflows(persona: Persona, tiny_dir: Callable[..., Path]) -> None:
