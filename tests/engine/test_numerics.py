@@ -142,7 +142,8 @@ def test_an_unedited_host_that_is_not_finite(persona: Persona, tiny: Tiny, tmp_p
     # At layer 0 the sites are what they should be: they do not see the other tokens yet.
     model = spoilt(tmp_path / "m", put(EMBEDDING, (token(tiny("llama"), "Q"), 0), NAN))
     said = refusal(persona, "inject", "--model", model, "--layers", "0")
-    assert "of the BY prompt of cell yoda/haiku is not finite at layer 0, position before p_last" in said
+    where = "of the BY prompt of cell yoda/haiku is not finite at layer 0, position before p_last"
+    assert where in said
 
 
 def test_an_edit_that_overflows(persona: Persona, tiny_dir: Callable[..., Path]) -> None:
