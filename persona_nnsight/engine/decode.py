@@ -12,6 +12,7 @@ from torch import Tensor
 from transformers import GenerationConfig
 
 from persona_nnsight.engine.finite import overflowed
+from persona_nnsight.engine.plain import forget
 from persona_nnsight.plan.plan import Plan
 
 
@@ -76,6 +77,7 @@ def generate(lm: Any, inputs: Mapping[str, Any], n_tokens: int) -> tuple[Tensor,
     Returns:
         Tokens, int [rows, n_tokens], and their margins (`Decoded`).
     """
+    forget(lm)
     with lm.generate(**inputs) as tracer:
         margins = nnsight.save([])
         for _ in tracer.iter[:n_tokens]:

@@ -38,3 +38,14 @@ def last_logits(lm: Any, kept: int) -> Tensor:
     """
     logits: Tensor = lm.output.logits
     return logits[:, logits.shape[1] - kept :]
+
+
+def forget(lm: Any) -> None:
+    """Let a model forget what it keeps from one call to the next, besides its cache.
+
+    Models that also see keep how far pictures have moved the positions (``rope_deltas``), of as
+    many rows as the last call had.
+    """
+    for module in lm._module.modules():
+        if getattr(module, "rope_deltas", None) is not None:
+            module.rope_deltas = None

@@ -27,15 +27,15 @@ from persona_nnsight.engine.fast.inputs import forward_inputs
 from persona_nnsight.engine.fast.kv_cache import KVCache
 from persona_nnsight.engine.fast.prefill import prefill, room
 from persona_nnsight.engine.memory import is_out_of_memory
-from persona_nnsight.engine.plain import last_logits, last_tokens, plain_inputs
+from persona_nnsight.engine.plain import forget, last_logits, last_tokens, plain_inputs
 from persona_nnsight.engine.wide_logits import wide_logits
 from persona_nnsight.errors import PersonaError, first_line
 from persona_nnsight.method.edit_vectors import seeded_noise
-from persona_nnsight.models.module_tree import ModuleTree, has_few_bits
+from persona_nnsight.models.module_tree import ModuleTree, check_residual, has_few_bits
 from persona_nnsight.models.paths import FAST, WHOLE
 from persona_nnsight.plan.plan import Plan
 from persona_nnsight.plan.prefix_tree import probing_tree
-from persona_nnsight.plan.run_path import DECODING, RunPath
+from persona_nnsight.plan.run_path import DECODING, KEEPS_STATES, RunPath
 
 #: How far apart readings may be, relative to their spread: ten times what float32 rounds, or more.
 _TOLERANCE = 1e-4
@@ -60,15 +60,26 @@ def find_path(lm: Any, tree: ModuleTree, plan: Plan) -> RunPath:
         plan: what will run; it may ask for one of the two.
 
     Raises:
-        PersonaError: the fast path is asked for and fails.
+        PersonaError: a model that cannot run a prompt, whose tokens see those behind them, or that
+            has more than one residual stream; or the fast path is asked for and fails.
     """
-    probe = _Probe.of(lm, tree, plan)
+    try:
+        probe = _Probe.of(lm, tree, plan)
+    except Exception as error:
+        if is_out_of_memory(error) or isinstance(error, PersonaError):
+            raise
+        raise PersonaError(
+            f"This model cannot run a prompt on this machine ({first_line(error)}); check that its "
+            "configuration is whole, and that this version of transformers runs it."
+        ) from error
     if not all(reading.isfinite().all() for reading in probe.plain):
         return RunPath(why="values overflow, so that there is nothing to compare")
     if plan.path == WHOLE:
         return _whole(probe, "asked for")
     if plan.decoding:
         return _whole(probe, DECODING)
+    if tree.keeps_states and plan.path != FAST:
+        return _whole(probe, KEEPS_STATES)
     try:
         with grouped_attention(lm):
             found = _fast(probe)
@@ -116,6 +127,8 @@ class _Probe:
         rows = [[*plan.prompts[prompt].ids, *follows] for prompt in prompts]
         kept = plan.tail + length
         plain = _plain(chunk, rows, kept)
+        for residual in plain[:-1]:
+            check_residual(type(lm._module).__name__, tuple(residual.shape), 2, tree)
         tolerances = [_TOLERANCE] * len(plain)
         if has_few_bits(chunk.dtype):
             rounded = _plain(chunk, rows, kept, rounded=True)
@@ -191,6 +204,11 @@ def _fast(probe: _Probe) -> RunPath:
 def _whole(probe: _Probe, why: str) -> RunPath:
     """The whole-row path, with what decoding may keep and what prompts may share on it."""
     causal = _is_causal(probe)
+    if not causal and _looks_ahead(probe):
+        raise PersonaError(
+            "The tokens of this model see those behind them, so that it does not continue a text; "
+            "use a decoder-only language model."
+        )
     return RunPath(WHOLE, why, causal=causal, keeps_cache=causal and _keeps_cache(probe))
 
 
@@ -205,6 +223,18 @@ def _is_causal(probe: _Probe) -> bool:
         if probe.excess(alone, expected) > 1:
             return False
     return True
+
+
+def _looks_ahead(probe: _Probe) -> bool:
+    """Whether a prompt's residuals depend on which tokens follow, and not only on how many."""
+    chunk, tail = probe.chunk, probe.chunk.plan.tail
+    own, kept = probe.ids[1], tail + len(probe.follows)
+    others = probe.follows[::-1]
+    found, expected = (
+        [reading[..., :tail, :] for reading in _plain(chunk, [[*own, *follows]], kept)]
+        for follows in (probe.follows, others)
+    )
+    return probe.excess(found, expected) > 1
 
 
 def _keeps_cache(probe: _Probe) -> bool:
@@ -229,6 +259,7 @@ def _decoded_excess(
 ) -> float:
     """How far the logits of a ``generate`` are from those of plain forwards over its tokens."""
     lm = probe.chunk.lm
+    forget(lm)
     with wide_logits(lm), lm.generate(**inputs) as tracer:
         steps = nnsight.save([])
         for _ in tracer.iter[:n_tokens]:

@@ -14,6 +14,7 @@ from persona_nnsight.engine.acts import ACTS
 from persona_nnsight.engine.chunk import Chunk
 from persona_nnsight.engine.decode import cut_rows, lengths_to_eos
 from persona_nnsight.engine.finite import edited_not_finite, overflowed
+from persona_nnsight.engine.plain import forget
 from persona_nnsight.engine.record import Record
 
 #: What happens to rows of a batch, by decoding step and layer: the row, and the change.
@@ -57,6 +58,7 @@ def generate_edited(
         Tokens, int [rows, n_tokens], and whether the logits of each overflowed, bool likewise.
     """
     lm = chunk.lm
+    forget(lm)
     with lm.generate(**inputs) as tracer:
         broken = nnsight.save([])
         for step in tracer.iter[:n_tokens]:

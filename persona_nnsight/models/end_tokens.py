@@ -65,8 +65,8 @@ def _text_parts(settings: dict[str, Any], config: PreTrainedConfig) -> Iterator[
     """The settings of a model as a whole, and of its parts down to its text model."""
     yield settings
     for name, part in settings.items():
-        own = getattr(config, name, None)
-        if isinstance(part, dict) and isinstance(own, PreTrainedConfig):
+        own = getattr(config, name, None) if isinstance(part, dict) else None
+        if isinstance(own, PreTrainedConfig):
             text = config.get_text_config(decoder=True)
             if own.get_text_config(decoder=True) is text:
                 yield from _text_parts(part, own)

@@ -11,10 +11,12 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from persona_nnsight.errors import PersonaError, first_line
+from persona_nnsight.models.classes import ModelClass, class_of
 from persona_nnsight.models.decoding import GREEDY, decoding_of
 from persona_nnsight.models.end_tokens import end_tokens
 from persona_nnsight.models.left_behind import LeftBehind
 from persona_nnsight.models.module_tree import ModuleTree, find_tree, has_few_bits
+from persona_nnsight.models.observation import observed
 from persona_nnsight.models.paths import AUTO, PATHS
 from persona_nnsight.models.unused_tensors import refuse_unused
 from persona_nnsight.models.weights.embedded import ALIAS
@@ -145,18 +147,14 @@ def load_model(
     if trust_remote_code:
         _check_origin_of_code(source)
     config = _load_config(source, trust_remote_code)
+    loader = class_of(config, source.spec)
     tokenizer = _load_tokenizer(source, trust_remote_code)
-    lm = _load_lm(
-        source,
-        config,
-        tokenizer,
-        chosen_dtype,
-        placement if weights else None,
-        attn,
-        trust_remote_code,
-    )
+    options = _options(config, chosen_dtype, attn, trust_remote_code)
+    # Before weights are read, which may take minutes.
+    skeleton = _skeleton(source, config, loader, tokenizer, options)
+    tree = observed(skeleton._module, find_tree(skeleton._module, chosen_dtype))
+    lm = _load_lm(source, config, loader, tokenizer, placement, options) if weights else skeleton
     module = lm._module
-    tree = find_tree(module, chosen_dtype)
     return Model(
         lm=lm,
         tokenizer=tokenizer,
@@ -254,38 +252,34 @@ def _load_config(source: Weights, trust_remote_code: bool) -> PretrainedConfig:
         if _asks_for_code(error, trust_remote_code):
             raise _untrusted(source) from error
         raise _unreadable(source, error) from error
-    if config.is_encoder_decoder:
-        raise PersonaError(
-            f"The model {source.spec!r} is an encoder-decoder ({config.model_type}), which has no "
-            "prompt-to-answer residual stream; use a decoder-only language model."
-        )
     return config
 
 
-def _load_lm(
-    source: Weights,
-    config: PretrainedConfig,
-    tokenizer: PreTrainedTokenizerBase,
-    dtype: torch.dtype,
-    device: str | None,
-    attn: str | None,
-    trust_remote_code: bool,
-) -> TransformersModel:
-    """The model with its weights on `device`, or its skeleton when that is None."""
-    from nnsight.modeling.transformers import TransformersModel
-    from transformers import AutoModelForCausalLM, GenerationConfig
-
+def _options(
+    config: PretrainedConfig, dtype: torch.dtype, attn: str | None, trust_remote_code: bool
+) -> dict[str, Any]:
+    """Arguments of what builds a model of a configuration, with weights or without."""
     if attn is None and getattr(config.get_text_config(decoder=True), _SOFT_CAP, None):
         attn = "eager"
     options: dict[str, Any] = {"dtype": dtype, "trust_remote_code": trust_remote_code}
     if attn is not None:
         options["attn_implementation"] = attn
-    wrapping: dict[str, Any] = {"task": "text-generation", "tokenizer": tokenizer}
-    loader: Any = AutoModelForCausalLM
+    return options
+
+
+def _load_lm(
+    source: Weights,
+    config: PretrainedConfig,
+    loader: ModelClass,
+    tokenizer: PreTrainedTokenizerBase,
+    device: str,
+    options: dict[str, Any],
+) -> TransformersModel:
+    """The model with its weights on `device`."""
+    from transformers import GenerationConfig
+
     try:
-        if device is None:
-            return TransformersModel(source.path, **wrapping, **options)
-        module, report = loader.from_pretrained(
+        module, report = loader.auto.from_pretrained(
             source.path,
             device_map=device if device == "balanced" else {"": device},
             output_loading_info=True,
@@ -295,8 +289,6 @@ def _load_lm(
             **options,
         )
     except Exception as error:
-        if _asks_for_code(error, trust_remote_code):
-            raise _untrusted(source) from error
         raise _unreadable(source, error) from error
     if report["mismatched_keys"]:
         name, there, needed = sorted(report["mismatched_keys"])[0]
@@ -314,7 +306,48 @@ def _load_lm(
     refuse_unused(source, config, module, report["unexpected_keys"])
     module.eval()
     module.requires_grad_(False)
-    return TransformersModel(module, **wrapping, **stay(module))
+    return _wrapped(module, tokenizer)
+
+
+#: The task of every model as nnsight knows it here, whatever else it was trained for.
+_TASK = "text-generation"
+
+
+def _skeleton(
+    source: Weights,
+    config: PretrainedConfig,
+    loader: ModelClass,
+    tokenizer: PreTrainedTokenizerBase,
+    options: dict[str, Any],
+) -> TransformersModel:
+    """The model without its weights, on the meta device."""
+    from nnsight.modeling.transformers import TransformersModel
+
+    try:
+        if loader.task == _TASK:
+            return TransformersModel(source.path, task=_TASK, tokenizer=tokenizer, **options)
+        with torch.device("meta"):
+            module = loader.auto.from_config(config, **options)
+    except Exception as error:
+        if _asks_for_code(error, options["trust_remote_code"]):
+            raise _untrusted(source) from error
+        raise _unreadable(source, error) from error
+    return _wrapped(module, tokenizer)
+
+
+def _wrapped(module: Any, tokenizer: PreTrainedTokenizerBase) -> TransformersModel:
+    """A model for tracing; nnsight need not know what turns pictures into numbers."""
+    from nnsight.modeling.transformers import TransformersModel
+    from transformers.utils import logging
+
+    chatter: Any = logging
+    before = chatter.get_verbosity()
+    # It is called an error that a model which also sees is used for text alone.
+    chatter.set_verbosity(chatter.CRITICAL)
+    try:
+        return TransformersModel(module, task=_TASK, tokenizer=tokenizer, **stay(module))
+    finally:
+        chatter.set_verbosity(before)
 
 
 def stay(module: Any) -> dict[str, Any]:

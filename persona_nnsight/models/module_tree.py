@@ -69,7 +69,7 @@ def find_tree(model: PreTrainedModel, dtype: torch.dtype) -> ModuleTree:
             for and what was found.
     """
     config = model.config.get_text_config(decoder=True)
-    n_layers = config.num_hidden_layers
+    n_layers = getattr(config, "num_hidden_layers", None)
     lists = {
         name: len(module)
         for name, module in model.named_modules()
@@ -80,11 +80,11 @@ def find_tree(model: PreTrainedModel, dtype: torch.dtype) -> ModuleTree:
         for name, length in lists.items()
         if 0 < length == n_layers and not any(tower in name.lower() for tower in _TOWERS)
     ]
-    if len(fitting) != 1:
+    if n_layers is None or len(fitting) != 1:
         seen = ", ".join(f"{name} ({length})" for name, length in lists.items()) or "none"
         raise PersonaError(
             f"Cannot find the decoder layers of a {type(model).__name__}: looked for one list of "
-            f"{n_layers} modules outside a vision or audio tower, such as model.layers or "
+            f"{n_layers or 'all'} modules outside a vision or audio tower, such as model.layers or "
             f"transformer.h, and the module lists here are {seen}; please report the architecture."
         )
     kept = DynamicCache(config=model.config).layers
@@ -128,9 +128,11 @@ def _number(config: Any, name: str) -> int | None:
 
 def _key_width(config: Any) -> int:
     """Numbers that the keys of one token have in a layer."""
-    heads = _number(config, "num_key_value_heads") or config.num_attention_heads
-    head_dim = _number(config, "head_dim") or config.hidden_size // config.num_attention_heads
-    return heads * head_dim
+    queries = _number(config, "num_attention_heads")
+    if not queries:
+        return 0
+    heads = _number(config, "num_key_value_heads") or queries
+    return heads * (_number(config, "head_dim") or config.hidden_size // queries)
 
 
 def _max_length(config: PretrainedConfig) -> int:
@@ -140,6 +142,26 @@ def _max_length(config: PretrainedConfig) -> int:
     if rope.get("rope_type") == "dynamic":  # stretched from this length on
         length = int(length * rope.get("factor", 1.0))
     return length
+
+
+def check_residual(name: str, shape: tuple[int, ...], rows: int, tree: ModuleTree) -> None:
+    """Refuse a model whose decoder layers hand on something else than one residual stream.
+
+    Args:
+        name: of the model's class.
+        shape: of what a layer was given.
+        rows: how many rows there were.
+        tree: the map of the model.
+
+    Raises:
+        PersonaError: it is not [rows, tokens, d_model].
+    """
+    if len(shape) != 3 or shape[0] != rows or shape[-1] != tree.d_model:
+        raise PersonaError(
+            f"The decoder layers of a {name} are given {list(shape)} for {rows} rows of tokens, "
+            f"not one residual of {tree.d_model} numbers for each token; only models with one "
+            "residual stream are supported."
+        )
 
 
 def has_few_bits(dtype: torch.dtype) -> bool:

@@ -12,7 +12,9 @@ if TYPE_CHECKING:
     from persona_nnsight.models.module_tree import ModuleTree
     from persona_nnsight.plan.plan import Plan
 
-#: Why the checkpoint's own decoding takes whole rows.
+#: Why hybrids take whole rows.
+KEEPS_STATES = "the model keeps more than keys and values between tokens"
+#: And the checkpoint's own decoding.
 DECODING = "the checkpoint's decoding settings would take padding for text"
 
 
@@ -66,5 +68,5 @@ def expected_path(tree: ModuleTree, plan: Plan) -> RunPath:
     if plan.decoding:
         return RunPath(WHOLE, DECODING)
     if tree.keeps_states:
-        return RunPath(WHOLE, "the model keeps more than keys and values between tokens")
+        return RunPath(WHOLE, KEEPS_STATES)
     return RunPath(why="if the model's weights agree")

@@ -23,7 +23,7 @@ Edits = Mapping[int, Mapping[int, Tensor]]
 
 LAYER_PATHS = (
     *("model.language_model.layers", "model.layers", "transformer.h", "transformer.blocks"),
-    "gpt_neox.layers",
+    *("gpt_neox.layers", "backbone.layers"),
 )
 CONDITIONS = ("additive", "remove_x", "remove_y", "bb", "by", "xb", "clean", "other_x")
 INJECTIONS = ("host", "oracle", "cached")

@@ -31,8 +31,12 @@ from transformers import (
     GPTNeoForCausalLM,
     GPTNeoXConfig,
     GPTNeoXForCausalLM,
+    Lfm2Config,
+    Lfm2ForCausalLM,
     LlamaConfig,
     LlamaForCausalLM,
+    MambaConfig,
+    MambaForCausalLM,
     MistralConfig,
     MistralForCausalLM,
     MptConfig,
@@ -44,8 +48,12 @@ from transformers import (
     PreTrainedConfig,
     PreTrainedModel,
     PreTrainedTokenizerFast,
+    Qwen2_5_VLConfig,
+    Qwen2_5_VLForConditionalGeneration,
     Qwen2Config,
     Qwen2ForCausalLM,
+    Qwen3_5ForCausalLM,
+    Qwen3_5TextConfig,
     Qwen3Config,
     Qwen3ForCausalLM,
     SiglipVisionConfig,
@@ -341,6 +349,58 @@ def _gemma4() -> PreTrainedModel:
     )
 
 
+def _lfm2() -> PreTrainedModel:
+    """Short convolutions and attention."""
+    kinds = ["conv", "full_attention", "conv", "conv", "full_attention"]
+    return _build(
+        Lfm2ForCausalLM,
+        Lfm2Config(**_TEXT, layer_types=kinds, block_multiple_of=8),
+    )
+
+
+def _qwen3_5() -> PreTrainedModel:
+    """Linear attention with a gate, and attention."""
+    kinds = [("linear_attention", "full_attention")[i % 2] for i in range(N_LAYERS)]
+    return _build(
+        Qwen3_5ForCausalLM,
+        Qwen3_5TextConfig(
+            **_TEXT,
+            head_dim=8,
+            linear_num_key_heads=2,
+            linear_num_value_heads=4,
+            linear_key_head_dim=8,
+            linear_value_head_dim=8,
+            layer_types=kinds,
+        ),
+    )
+
+
+def _mamba() -> PreTrainedModel:
+    """States alone."""
+    sizes = {key: _TEXT[key] for key in ("vocab_size", "hidden_size", "num_hidden_layers")}
+    return _build(MambaForCausalLM, MambaConfig(**sizes, state_size=8, **_IDS))
+
+
+def _qwen2_5_vl() -> PreTrainedModel:
+    """A text decoder within a model that also sees; it has no class of its own."""
+    rope = {"rope_type": "default", "rope_theta": 10000.0, "mrope_section": [1, 1, 2]}
+    return _build(
+        Qwen2_5_VLForConditionalGeneration,
+        Qwen2_5_VLConfig(
+            text_config={**_TEXT, "rope_parameters": rope},
+            vision_config={
+                "depth": 2,
+                "hidden_size": 32,
+                "intermediate_size": 32,
+                "num_heads": 2,
+                "out_hidden_size": 32,
+                "fullatt_block_indexes": [1],
+            },
+            **_IDS,
+        ),
+    )
+
+
 FAMILIES: dict[str, Callable[[], PreTrainedModel]] = {
     "llama": _llama,
     "qwen2": _qwen2,
@@ -362,8 +422,12 @@ DEMANDING: dict[str, Callable[[], PreTrainedModel]] = {
     "longrope": _longrope,
     "dynamic_rope": _dynamic_rope,
     "gemma4": _gemma4,
+    "lfm2": _lfm2,
+    "qwen3_5": _qwen3_5,
+    "mamba": _mamba,
+    "qwen2_5_vl": _qwen2_5_vl,
 }
-"""Those that do not bear all of it."""
+"""Those that do not bear all of it, or take more to be loaded."""
 
 
 def randomize(model: PreTrainedModel) -> None:

@@ -104,9 +104,7 @@ def _run(
     for layer in cache.layers:
         if isinstance(layer, LinearAttentionCacheLayerMixin) or not isinstance(layer, DynamicLayer):
             raise PersonaError(
-                f"This model keeps a {type(layer).__name__} between tokens, which cannot be shared "
-                "by the rows of a batch; only models whose every layer has ordinary or "
-                "sliding-window attention are supported."
+                f"it keeps a {type(layer).__name__} between tokens, which rows cannot share"
             )
     mask: Tensor = inputs["attention_mask"]
     return KVCache(cache, mask.to(cache.layers[0].keys.device))
