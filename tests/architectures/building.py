@@ -8,13 +8,14 @@ from typing import Any
 
 import torch
 import transformers
-from architectures.configs import SHORT, VOCABULARY, WINDOWS, tiny_config
 from tiny import IM_END_ID, IM_START_ID, PAD_ID, SEED, randomize, save_tokenizer
 from transformers import CONFIG_MAPPING, PreTrainedModel
 from transformers.models.auto.modeling_auto import (
     MODEL_FOR_CAUSAL_LM_MAPPING_NAMES,
     MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING_NAMES,
 )
+
+from architectures.configs import LONG, SHORT, tiny_config
 
 TEXT, IMAGE_TEXT = "text", "image-text"
 
@@ -62,7 +63,8 @@ def build(architecture: Architecture, window: int) -> PreTrainedModel:
         torch.manual_seed(SEED)
         model: PreTrainedModel = model_class._from_config(_config(architecture, window))
         randomize(model)
-    return model.eval()
+    model.train(False)
+    return model
 
 
 def save(model: PreTrainedModel, directory: Path) -> None:
@@ -75,10 +77,10 @@ def save(model: PreTrainedModel, directory: Path) -> None:
     save_tokenizer(directory)
 
 
-def has_windows(architecture: Architecture) -> bool:
-    """Whether a window that is shorter than the prompts makes it another model."""
-    long, short = (_config(architecture, window).to_dict() for window in WINDOWS)
-    return long != short
+def windows_of(architecture: Architecture) -> tuple[int, ...]:
+    """A long window, and a short one where it makes another model."""
+    long, short = (_config(architecture, window).to_dict() for window in (LONG, SHORT))
+    return (LONG, SHORT) if long != short else (LONG,)
 
 
 def _config(architecture: Architecture, window: int) -> Any:

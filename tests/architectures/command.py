@@ -1,60 +1,72 @@
-"""The command line: which architectures, and the page that their verdicts are on."""
+"""The command line: which architectures, and the page that has their verdicts."""
 
 from __future__ import annotations
 
 import argparse
 import csv
-import sys
-import time
+from collections import Counter
 from collections.abc import Sequence
 from pathlib import Path
 
 from architectures.building import architectures
+from architectures.page import PAGE, disagreements, read_page, rows_of, write_page
 from architectures.sweep import sweep
-from architectures.verdict import FAILURES, Verdict
+from architectures.verdict import FAILURES, ORDER, Verdict
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
-    """Judge architectures, and compare the page with what came out.
+    """Judge architectures, and compare the page with what came out, or write it.
 
     Raises:
-        SystemExit: one fails, or the page says otherwise.
+        SystemExit: one is wrong or ends in a traceback, or the page says otherwise.
     """
     options = _parser().parse_args(arguments)
-    only = {name for name in options.only.split(",") if name}
-    if unknown := only - {each.model_type for each in architectures()}:
-        raise SystemExit(f"transformers has no {', '.join(sorted(unknown))}.")
-    wanted = [each for each in architectures() if not only or each.model_type in only]
+    every = architectures()
+    if unknown := options.only - {each.model_type for each in every}:
+        raise SystemExit(f"transformers has no model type {', '.join(sorted(unknown))}.")
+    wanted = [each for each in every if not options.only or each.model_type in options.only]
     found: list[Verdict] = []
-    begun = time.perf_counter()
     for verdict in sweep(wanted, options.workers):
         found.append(verdict)
-        what = verdict.architecture
-        print(f"{time.perf_counter()-begun:.0f} {what.task:10} {what.model_type:28} {verdict.verdict}  {verdict.why}", flush=True)
+        own = verdict.architecture
+        print(f"{own.task:10} {own.model_type:28} {verdict.verdict:13}  {verdict.told}", flush=True)
+        if verdict.trace and verdict.verdict in FAILURES:
+            print(verdict.trace, flush=True)
         if options.csv:
-            _write(options.csv, found)
+            _keep(options.csv, found)
+    counts = Counter(verdict.verdict for verdict in found)
+    print(", ".join(f"{counts[verdict]} {verdict}" for verdict in ORDER if counts[verdict]))
+    rows = rows_of(found)
+    if options.write:
+        write_page({**({} if len(wanted) == len(every) else read_page()), **rows})
+    others = disagreements(read_page(), rows, everything=wanted == every)
+    if others:
+        print(f"{PAGE.name} says otherwise:", *others, sep="\n  ")
+    if others or any(counts[verdict] for verdict in FAILURES):
+        raise SystemExit(1)
 
 
-def _write(path: Path, found: Sequence[Verdict]) -> None:
+def _keep(path: Path, found: Sequence[Verdict]) -> None:
     with path.open("w", newline="", encoding="utf-8") as file:
         writer = csv.writer(file)
-        writer.writerow(["task", "model_type", "class", "loaded", "verdict", "largest_kl_difference", "why"])
+        writer.writerow(["task", "model_type", "class", "loaded", "verdict", "difference", "told"])
         for verdict in found:
-            what = verdict.architecture
-            writer.writerow([what.task, what.model_type, what.class_name, verdict.loaded, verdict.verdict, verdict.difference, verdict.why])
-    with Path("/tmp/sweep-failures.txt").open("w") as file:
-        for v in found:
-            if v.verdict in FAILURES:
-                a=v.architecture
-                file.write(f"===== {a.task} {a.model_type} {a.class_name} loaded={v.loaded}: {v.verdict}: {v.why}\n{v.trace[-1800:]}\n")
+            own = verdict.architecture
+            named = own.task, own.model_type, own.class_name, verdict.loaded
+            writer.writerow([*named, verdict.verdict, verdict.difference, verdict.told])
 
 
 def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(
-        prog="architectures", description="Every decoder that transformers can run, against the oracle."
+        prog="architectures", description="Every decoder of transformers, tiny, against the oracle."
     )
     add = parser.add_argument
-    add("--only", default="", metavar="TYPES", help="model types, with commas between")
-    add("--workers", type=int, default=1, help="processes")
+    add("--only", type=_names, default=frozenset(), metavar="TYPES", help="these model types")
+    add("--workers", type=int, default=1, metavar="N", help="processes")
+    add("--write", action="store_true", help=f"write docs/{PAGE.name}")
     add("--csv", type=Path, metavar="PATH", help="keep the verdicts")
     return parser
+
+
+def _names(text: str) -> frozenset[str]:
+    return frozenset(name.strip() for name in text.split(","))

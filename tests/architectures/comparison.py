@@ -6,13 +6,11 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
 from typing import Any
 
-import torch
 from cells import TINY_GRID, cell_prompts, decode, reference_of
 from reference import Reference, vector
 from torch import Tensor
 
 from persona_nnsight import Model, capture, inject, substitute
-from persona_nnsight.models.paths import FAST, WHOLE
 
 GRID = TINY_GRID.select(["yoda", "marx"], ["haiku", "review"])
 CELLS = (0, 3)
@@ -20,7 +18,6 @@ CELLS = (0, 3)
 POSITIONS = ("p_user_last", "p_last", "g1")
 CONDITIONS = ("additive", "bb", "clean")
 _WINDOW, _TOKENS = 6, 6
-_MATTERS = 1e-3
 
 Numbers = dict[tuple[object, ...], Any]
 """KLs, residuals and texts, each by what it is of."""
@@ -87,9 +84,7 @@ def _found(model: Model) -> tuple[Numbers, set[str]]:
     sites: Any = {"layers": layers, "positions": POSITIONS, "window": _WINDOW}
     captured = capture(model, GRID, **sites)
     edited = substitute(model, GRID, conditions=CONDITIONS, generate=_TOKENS, **sites)
-    injected = inject(
-        model, GRID, layers=layers[1:], each=True, window=_WINDOW, generate=_TOKENS
-    )
+    injected = inject(model, GRID, layers=layers[1:], each=True, window=_WINDOW, generate=_TOKENS)
     numbers: Numbers = {}
     for index in CELLS:
         for key, residuals in captured.residuals.items():
@@ -100,12 +95,12 @@ def _found(model: Model) -> tuple[Numbers, set[str]]:
     for name, result in (("substitute", edited), ("inject", injected)):
         for row in result.frame().to_dict("records"):
             index = cells[row["persona"], row["task"]]
-            key = (index, row["condition"], row["position"], row["layers"])
-            numbers["kl", name, *key] = row["kl"]
+            edit = index, row["condition"], row["position"], row["layers"]
+            numbers[("kl", name, *edit)] = row["kl"]
         for text in result.texts:
             index = cells[text.persona, text.task]
-            key = (index, text.condition, text.position, text.layers)
-            numbers["text", name, *key] = text.text
+            written = index, text.condition, text.position, text.layers
+            numbers[("text", name, *written)] = text.text
     paths = {result.where["path"]["name"] for result in (captured, edited, injected)}
     return numbers, paths
 
@@ -141,14 +136,14 @@ def _substituted(
                 if key != "X'B":
                     numbers["residual", index, key, position, layer] = value
             for condition in CONDITIONS:
-                key = (index, condition, position, str(layer))
-                numbers["kl", "substitute", *key] = reference.substitution_kl(
+                edit = index, condition, position, str(layer)
+                numbers[("kl", "substitute", *edit)] = reference.substitution_kl(
                     prompts, position, layer, condition, continuation, _WINDOW
                 ).kl
                 if condition != "clean":
                     edits = {layer: {site: vector(condition, h)}}
                     text = decode(model, reference.greedy(ids, _TOKENS, edits))
-                    numbers["text", "substitute", *key] = text
+                    numbers[("text", "substitute", *edit)] = text
 
 
 def _injected(
@@ -169,7 +164,7 @@ def _injected(
     for condition, written in (("oracle", "clean"), ("cached", "additive")):
         for layers in sets:
             key = (index, condition, "p_last", "+".join(map(str, layers)))
-            numbers["kl", "inject", *key] = reference.injection_kl(
+            numbers[("kl", "inject", *key)] = reference.injection_kl(
                 prompts, layers, condition, tokens, _WINDOW
             ).kl
             edits = {}
@@ -177,4 +172,4 @@ def _injected(
                 h = reference.cell_residuals(prompts, "p_last", layer, tokens)
                 edits[layer] = {len(ids) - 1: vector(written, h)}
             text = decode(model, reference.greedy(ids, _TOKENS, edits))
-            numbers["text", "inject", *key] = text
+            numbers[("text", "inject", *key)] = text

@@ -13,24 +13,33 @@ from collections.abc import Collection
 from copy import deepcopy
 from typing import Any
 
-from architectures.corrections import CORRECTIONS
 from tiny import IM_END_ID, IM_START_ID, PAD_ID, VOCAB_SIZE
 from transformers import CONFIG_MAPPING, PreTrainedConfig
+
+from architectures.corrections import CORRECTIONS
 
 N_LAYERS = 5
 VOCABULARY = 320
 """More rows than the tokenizer has tokens, as in many models; marks of images are among them."""
 
 LONG, SHORT = 512, 24
-WINDOWS = (LONG, SHORT)
 """Attention windows, in tokens: longer than the prompts, and shorter."""
 
 _SIZES: tuple[tuple[str, Any], ...] = (
     (r"(.*_)?vocab_size(_per_layer_input)?", VOCABULARY),
-    (r"num_hidden_layers|n_layers?|num_layers|((num_)?(en|de)coder_)?layers|depth|num_blocks", N_LAYERS),
+    (
+        r"num_hidden_layers|n_layers?|num_layers|((num_)?(en|de)coder_)?layers|depth|num_blocks",
+        N_LAYERS,
+    ),
     (r"hidden_size_per_layer_input", 8),
-    (r"(.*_)?(hidden_size|hidden_dim|embed_dim|embedding_size|embedding_dim|emb_dim|projection_dim)", 64),
-    (r"d_model|n_embd|dim_model|attention_hidden_size|vision_output_dim|output_dim|output_proj_dims", 64),
+    (
+        r"(.*_)?(hidden_size|hidden_dim|embed_dim|embedding_size|embedding_dim|emb_dim|projection_dim)",
+        64,
+    ),
+    (
+        r"d_model|n_embd|dim_model|attention_hidden_size|vision_output_dim|output_dim|output_proj_dims",
+        64,
+    ),
     (r"projector_(in|out)put_dim|word_embed_proj_dim|lru_width|mm_embed_dim|audio_embed_dim", 64),
     (r"image_token_embed_dim|.*_proj_size|block_multiple_of|hidden_size_global|n_inner", 64),
     (r"moe_(shared_expert_)?intermediate_size|shared_(expert_)?intermediate_size", 32),
@@ -112,8 +121,9 @@ def tiny_config(config_class: Any, window: int = LONG, **given: Any) -> PreTrain
             values[name] = window
         elif isinstance(value, int) and (size := _size(name)) is not None:
             values[name] = size
-    if is_text and window == SHORT and "use_sliding_window" in defaults:
-        values |= {"use_sliding_window": True, "sliding_window": window}
+    if is_text and window == SHORT and {"use_sliding_window", "max_window_layers"} & {*defaults}:
+        values |= {"sliding_window": window}
+        values |= {"use_sliding_window": True} if "use_sliding_window" in defaults else {}
         values.pop("layer_types", None)
     if is_text and "is_decoder" in defaults:
         values["is_decoder"] = True
@@ -121,7 +131,8 @@ def tiny_config(config_class: Any, window: int = LONG, **given: Any) -> PreTrain
         values["num_key_value_heads"] = values["num_attention_heads"]
     values |= typed
     values |= {name: value(window) if callable(value) else value for name, value in given.items()}
-    return config_class(**values)
+    config: PreTrainedConfig = config_class(**values)
+    return config
 
 
 def _rope_keys(config_class: Any) -> Collection[str]:

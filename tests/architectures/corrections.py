@@ -17,6 +17,11 @@ def window(tokens: int) -> int:
     return tokens
 
 
+def blocks(tokens: int) -> int:
+    """The window in blocks of sixteen tokens."""
+    return tokens // 16
+
+
 CORRECTIONS: dict[str, dict[str, Any]] = {
     "bamba": {"attn_layer_indices": [1, 3]},
     "chameleon": {
@@ -56,13 +61,18 @@ CORRECTIONS: dict[str, dict[str, Any]] = {
     "ernie4_5_vl_moe_text": {"moe_intermediate_size": [32, 32]},
     "falcon_h1": {"mamba_d_ssm": 128},
     "florence2": {
-        "vision_config": dict.fromkeys(("embed_dim", "num_heads", "num_groups"), [4, 4, 4, 4]),
+        "vision_config": {key: [4, 4, 4, 4] for key in ("embed_dim", "num_heads", "num_groups")},
     },
     "gemma3n_text": {
         "layer_types": alternating("sliding_attention", "full_attention"),
         "num_kv_shared_layers": 2,
     },
-    "gemma4_assistant": {"text_config": {"model_type": "gemma4_text"}},
+    "gemma4_assistant": {
+        "text_config": {
+            **{"model_type": "gemma4_text", "num_kv_shared_layers": 5},
+            **{"hidden_size_per_layer_input": 0, "vocab_size_per_layer_input": 0},
+        },
+    },
     "gemma4_unified_assistant": {"text_config": {"model_type": "gemma4_unified_text"}},
     "glm5_next_text": {
         **{"qk_rope_head_dim": 0, "head_dim": 0, "index_kpool": 8},
@@ -81,6 +91,12 @@ CORRECTIONS: dict[str, dict[str, Any]] = {
     "lfm2_moe": {"layer_types": alternating("conv", "full_attention")},
     "longcat_flash": {"head_dim": 8},
     "mamba2": {"num_heads": 8},
+    "mellum": {"layer_types": alternating("sliding_attention", "full_attention")},
+    "minimax_m3_vl_text": {
+        "layer_types": alternating("full_attention", "minimax_m3_sparse"),
+        "mlp_layer_types": alternating("dense", "sparse"),
+        "index_topk_blocks": blocks,
+    },
     "mllama": {"vision_config": {"image_size": 28}},
     "mllama_text_model": {"cross_attention_layers": [1, 3]},
     "nemotron": {"num_key_value_heads": 2},

@@ -5,8 +5,8 @@ from __future__ import annotations
 import multiprocessing
 from collections.abc import Iterator, Sequence
 
-import nnsight.modeling.transformers
 import transformers.pipelines.text_generation  # noqa: F401
+
 from architectures.building import Architecture
 from architectures.verdict import TRACEBACK, Verdict, judge
 

@@ -186,7 +186,9 @@ def test_a_residual_that_overflows(
     for part in ("not finite", "layer 3", "position p_last", dtype, way_out):
         assert part in message, message
     # Above the asked layers the overflow still shows, in the logits.
-    expected = f"XY prompt .* not finite at layer 3, position before p_last in {dtype}; use {way_out}"
+    expected = (
+        f"XY prompt .* not finite at layer 3, position before p_last in {dtype}; use {way_out}"
+    )
     for command in (substitute, capture):
         with pytest.raises(PersonaError, match=expected):
             command(model, TINY_GRID, layers=(1,), positions="p_last,g1")
