@@ -8,7 +8,7 @@ import traceback
 import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import torch
@@ -16,7 +16,7 @@ from float64 import doubled, in_float64
 from transformers.utils import logging
 
 from architectures.building import Architecture, build, save, windows_of
-from architectures.comparison import Difference, compare, oracle
+from architectures.comparison import Difference, compare, experiments, oracle
 from persona_nnsight import Model, PersonaError, load_model
 from persona_nnsight.models.paths import AUTO, FAST, WHOLE
 
@@ -97,35 +97,41 @@ def _variant(architecture: Architecture, window: int, limit: int) -> Verdict:
 
 
 def _compared(architecture: Architecture, model: Model, loaded: str) -> Verdict:
-    differences = _differences(model)
+    differences, verdict = _differences(model)
     largest = max(each.kl for each in differences.values())
     told = f"KL off by {largest:.0e}"
     if not _are_within(differences, _TOLERANCES[torch.float32]):
         # Tokens that nearly tie, and many layers, make much of rounding: in float64 there is none.
-        rounded = differences
+        apart = "; ".join(f"{path}: {each}" for path, each in differences.items())
         wide = doubled(model)
-        with in_float64():
-            differences = _differences(wide)
-        if not _are_within(differences, _TOLERANCES[torch.float64]):
-            told = "; ".join(f"{path}: {each}" for path, each in rounded.items())
-            in_64 = "; ".join(f"{path}: {each}" for path, each in differences.items())
-            told = f"{told}; in float64 {in_64}"
+        try:
+            with in_float64():
+                differences, verdict = _differences(wide)
+        except Exception as error:
+            told = f"{apart}; float64 fails ({_last_line(error)})"
             return Verdict(architecture, WRONG, told, loaded, largest)
-        told += ", in float64 by " + f"{max(each.kl for each in differences.values()):.0e}"
-    first = differences[AUTO]
-    verdict = EQUAL_FAST if first.paths == {FAST} else EQUAL_WHOLE
-    if first.matters < _MATTERS:
-        told += f"; no edit has a KL above {first.matters:.0e}"
+        if not _are_within(differences, _TOLERANCES[torch.float64]):
+            told = "; ".join(f"{path}: {each}" for path, each in differences.items())
+            told = f"{apart}; in float64 {told}"
+            return Verdict(architecture, WRONG, told, loaded, largest)
+        told += f", in float64 by {max(each.kl for each in differences.values()):.0e}"
+    if (matters := differences[AUTO].matters) < _MATTERS:
+        told += f"; no edit has a KL above {matters:.0e}"
     return Verdict(architecture, verdict, told, loaded, largest)
 
 
-def _differences(model: Model) -> dict[str, Difference]:
-    """On the path that is chosen, and on the one of whole rows where that is another."""
+def _differences(model: Model) -> tuple[dict[str, Difference], str]:
+    """On the path that is chosen, and on the one of whole rows where that is another.
+
+    The oracle comes last: what it cannot run either may have been refused.
+    """
+    found, paths = experiments(model)
+    by_path = {AUTO: found}
+    if FAST in paths:
+        by_path[WHOLE], _ = experiments(replace(model, path=WHOLE))
     expected = oracle(model)
-    found = {AUTO: compare(model, AUTO, expected)}
-    if FAST in found[AUTO].paths:
-        found[WHOLE] = compare(model, WHOLE, expected)
-    return found
+    verdict = EQUAL_FAST if paths == {FAST} else EQUAL_WHOLE
+    return {path: compare(each, expected) for path, each in by_path.items()}, verdict
 
 
 def _are_within(differences: dict[str, Difference], tolerance: float) -> bool:
@@ -135,14 +141,16 @@ def _are_within(differences: dict[str, Difference], tolerance: float) -> bool:
 def _failed(
     architecture: Architecture, verdict: str, error: Exception, loaded: str = ""
 ) -> Verdict:
-    lines = [line.strip() for line in str(error).splitlines() if line.strip()]
-    # What validates a configuration says which field on a first line, and why on a second.
-    reason = (
-        lines[1 if "alidation" in type(error).__name__ and len(lines) > 1 else 0] if lines else ""
-    )
-    told = f"{type(error).__name__}: {reason}"
     trace = "".join(traceback.format_exception(error))
-    return Verdict(architecture, verdict, told, loaded, trace=trace)
+    return Verdict(architecture, verdict, _last_line(error), loaded, trace=trace)
+
+
+def _last_line(error: Exception) -> str:
+    """The kind of an error, and the line of its message that says most."""
+    lines = [line.strip() for line in str(error).splitlines() if line.strip()] or [""]
+    # What validates a configuration says where on a first line, and why on a second.
+    says = lines[:2][-1] if "Validation" in type(error).__name__ else lines[0]
+    return f"{type(error).__name__}: {says}"
 
 
 @contextmanager

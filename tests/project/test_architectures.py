@@ -13,7 +13,7 @@ from architectures.verdict import EQUAL_FAST, NOT_BUILT, REFUSED, TRACEBACK, WRO
 from torch import Tensor
 from transformers import CONFIG_MAPPING
 
-from persona_nnsight.engine import residual_writes
+from persona_nnsight.method.edit_vectors import edit_vector
 
 LLAMA = Architecture(TEXT, "llama", "LlamaForCausalLM")
 LIMIT = 300
@@ -63,12 +63,10 @@ def test_a_class_that_is_measured_right_is_equal() -> None:
 
 
 def test_what_is_measured_wrong_is_seen(monkeypatch: pytest.MonkeyPatch) -> None:
-    real = residual_writes.edit_vector
-
     def larger(*args: Any, **options: Any) -> Tensor:
-        return real(*args, **options) * 1.01
+        return edit_vector(*args, **options) * 1.01
 
-    monkeypatch.setattr(residual_writes, "edit_vector", larger)
+    monkeypatch.setattr("persona_nnsight.engine.residual_writes.edit_vector", larger)
     found = judge(LLAMA, LIMIT)
     assert found.verdict == WRONG, found.told
     assert found.difference > 1e-4
@@ -84,7 +82,7 @@ def test_what_cannot_be_compared_says_why(monkeypatch: pytest.MonkeyPatch) -> No
     def fails(*_: Any) -> None:
         raise ValueError("first\nsecond")
 
-    monkeypatch.setattr(verdict, "compare", fails)
+    monkeypatch.setattr(verdict, "experiments", fails)
     found = judge(LLAMA, LIMIT)
     assert (found.verdict, found.told) == (TRACEBACK, "ValueError: first")
     assert "fails" in found.trace
