@@ -91,7 +91,9 @@ def prepare(
             note_step(step)
 
         arguments = model.arguments()
-        skeleton = load_model(**arguments, weights=False, fetch=not run.dry_run, notify=notify)
+        skeleton = load_model(
+            **arguments, weights=False, fetch=not run.dry_run, needs_template=True, notify=notify
+        )
         studies = plan(skeleton)
         if run.dry_run or run.verbose:
             stop()

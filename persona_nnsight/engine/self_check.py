@@ -162,17 +162,19 @@ def _fast(probe: _Probe) -> RunPath:
     prefix = prefill(lm, plan, probing_tree(plan, probe.prompts, window=tree.window))
     chunk = replace(probe.chunk, device=prefix.opening.device)
     rows = prefix.rows(probe.prompts)
-    inputs = prompt_inputs(chunk, prefix, rows, _DECODED)
-    excess = _decoded_excess(probe, inputs, _DECODED, probe.ids)
+    # Of the shorter one, which is padded.
+    inputs = prompt_inputs(chunk, prefix, rows[:1], _DECODED)
+    excess = _decoded_excess(probe, inputs, _DECODED, probe.ids[:1])
     follows = torch.tensor([probe.follows] * 2, device=chunk.device)
     ids = torch.cat([prefix.tails[rows], follows], dim=1)
     fed = ids.shape[1]
     highest = tree.n_layers - 1
     entries = {entry_layer(plan, edit, highest) for edit in plan.edits if edit.scored}
-    entries |= {0, max(plan.layers)}
+    # At layer 0 nothing is skipped; a sandbox cannot read there.
+    entries |= {max(plan.layers)} if is_far(lm) else {0, max(plan.layers)}
     inputs = forward_inputs(prefix.kv.select(rows, room=room(lm, fed)), ids)
     with wide_logits(lm), lm.trace(**inputs, logits_to_keep=last_tokens(fed, fed)):
-        first = nnsight.save(chunk.layers[0].input.clone())
+        first = nnsight.save(chunk.layers[0].input.clone() if 0 in entries else None)
         readings = nnsight.save([])
         _read(chunk, readings, range(1, tree.n_layers), fed)
         cache = nnsight.save(lm.output.past_key_values)

@@ -63,12 +63,13 @@ def checked(plan: Plan, model: Model, text_option: str = "--generate") -> Plan:
 
     `text_option` is what sets the length of its texts.
     """
+    rows = model.embedding_rows
     for prompt in plan.prompts:
-        if max(prompt.ids) >= model.tree.vocab_size:
+        if max(prompt.ids) >= rows:
             raise PersonaError(
                 f"The tokenizer of {model.weights.spec!r} does not belong to its weights: the "
                 f"prompt {quoted(prompt.text)} has the token id {max(prompt.ids)}, and the model "
-                f"knows 0 to {model.tree.vocab_size - 1}; fetch or copy the model again, whole."
+                f"knows 0 to {rows - 1}; fetch or copy the model again, whole."
             )
     longest = max(plan.prompts, key=lambda prompt: len(prompt.ids))
     option = "--window" if plan.reference_tokens >= plan.longest_text else text_option

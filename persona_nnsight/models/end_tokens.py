@@ -64,12 +64,11 @@ def _given(directory: Path, config: PreTrainedConfig) -> Iterator[Any]:
 def _text_parts(settings: dict[str, Any], config: PreTrainedConfig) -> Iterator[dict[str, Any]]:
     """The settings of a model as a whole, and of its parts down to its text model."""
     yield settings
+    text = config.get_text_config(decoder=True)
     for name, part in settings.items():
         own = getattr(config, name, None) if isinstance(part, dict) else None
-        if isinstance(own, PreTrainedConfig):
-            text = config.get_text_config(decoder=True)
-            if own.get_text_config(decoder=True) is text:
-                yield from _text_parts(part, own)
+        if isinstance(own, PreTrainedConfig) and own.get_text_config(decoder=True) is text:
+            yield from _text_parts(part, own)
 
 
 def _ids(value: Any) -> list[int]:

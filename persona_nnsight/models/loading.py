@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -18,6 +19,7 @@ from persona_nnsight.models.left_behind import LeftBehind
 from persona_nnsight.models.module_tree import ModuleTree, find_tree, has_few_bits
 from persona_nnsight.models.observation import observed
 from persona_nnsight.models.paths import AUTO, PATHS
+from persona_nnsight.models.quantization import not_here, quantization_of
 from persona_nnsight.models.unused_tensors import refuse_unused
 from persona_nnsight.models.weights.embedded import ALIAS
 from persona_nnsight.models.weights.model_files import (
@@ -61,6 +63,7 @@ class Model:
         decoding: settings of the checkpoint that decoding keeps to; none where the largest logit
             wins.
         path: which way rows take through the engine: ``auto``, ``fast`` or ``whole``.
+        quantization: the method that the weights are quantised with, or None.
     """
 
     lm: TransformersModel
@@ -77,6 +80,7 @@ class Model:
     trust_remote_code: bool = False
     decoding: dict[str, Any] = field(default_factory=dict)
     path: str = AUTO
+    quantization: str | None = None
 
     def without_weights(self) -> Model:
         """What it is, for a result that is pickled: without weights and tokenizer."""
@@ -87,6 +91,15 @@ class Model:
     def rounds(self) -> bool:
         """Whether the dtype has fewer bits than float32, so that its rounding shows in KLs."""
         return has_few_bits(self.dtype)
+
+    @property
+    def embedding_rows(self) -> int:
+        """How many token ids can be fed; of some models more than it tells apart in its output."""
+        try:
+            embedding: Any = self.lm._module.get_input_embeddings()
+        except NotImplementedError:  # code of its own that does not say which it is
+            return self.tree.vocab_size
+        return int(embedding.weight.shape[0])
 
 
 def load_model(
@@ -101,6 +114,7 @@ def load_model(
     path: str = AUTO,
     weights: bool = True,
     fetch: bool = True,
+    needs_template: bool = False,
     notify: Callable[[str], None] | None = None,
 ) -> Model:
     """Load a causal language model for tracing.
@@ -128,6 +142,8 @@ def load_model(
         weights: False builds the skeleton alone, enough to plan a run; of a hub model only the
             configuration and tokenizer are fetched for it.
         fetch: False never downloads or converts weights.
+        needs_template: True refuses a GGUF file without a chat template before it is converted, as
+            such a model has no user turn; False leaves it to you to give the tokenizer one.
         notify: called with a line of text before something slow (a download, a conversion).
 
     Raises:
@@ -143,34 +159,56 @@ def load_model(
         )
     if attn not in (None, *ATTENTION):
         raise PersonaError(f"Attention {attn!r} is not known; use {', '.join(ATTENTION)}.")
-    source = resolve(spec, revision=revision, fetch=fetch, weights=weights, notify=notify)
-    if trust_remote_code:
-        _check_origin_of_code(source)
-    config = _load_config(source, trust_remote_code)
-    loader = class_of(config, source.spec)
-    tokenizer = _load_tokenizer(source, trust_remote_code)
-    options = _options(config, chosen_dtype, attn, trust_remote_code)
-    # Before weights are read, which may take minutes.
-    skeleton = _skeleton(source, config, loader, tokenizer, options)
-    tree = observed(skeleton._module, find_tree(skeleton._module, chosen_dtype))
-    lm = _load_lm(source, config, loader, tokenizer, placement, options) if weights else skeleton
-    module = lm._module
-    return Model(
-        lm=lm,
-        tokenizer=tokenizer,
-        weights=source,
-        tree=tree,
-        dtype=chosen_dtype,
-        device=placement,
-        attention=str(module.config._attn_implementation),
-        architecture=str(module.config.model_type),
-        eos_ids=end_tokens(Path(source.path), config, tokenizer, tree.vocab_size),
-        n_parameters=sum(parameter.numel() for parameter in module.parameters()),
-        has_weights=weights,
-        trust_remote_code=trust_remote_code,
-        decoding=decoding_of(settings_of(Path(source.path), GENERATION_CONFIG), decoding),
-        path=path,
+    source = resolve(
+        spec,
+        revision=revision,
+        fetch=fetch,
+        weights=weights,
+        needs_template=needs_template,
+        notify=notify,
     )
+    with _in_one_sentence(source):
+        if trust_remote_code:
+            _check_origin_of_code(source)
+        config = _load_config(source, trust_remote_code)
+        loader, quantization = class_of(config, source.spec), quantization_of(config, source.spec)
+        tokenizer = _load_tokenizer(source, trust_remote_code)
+        options = _options(config, chosen_dtype, attn, trust_remote_code)
+        # Before weights are read, which may take minutes.
+        skeleton = _skeleton(source, config, loader, tokenizer, options)
+        tree = observed(skeleton._module, find_tree(skeleton._module, chosen_dtype))
+        lm = skeleton
+        if weights:
+            lm = _load_lm(source, config, loader, tokenizer, placement, options)
+        module = lm._module
+        return Model(
+            lm=lm,
+            tokenizer=tokenizer,
+            weights=source,
+            tree=tree,
+            dtype=chosen_dtype,
+            device=placement,
+            attention=str(module.config._attn_implementation),
+            architecture=str(module.config.model_type),
+            eos_ids=end_tokens(Path(source.path), config, tokenizer, tree.vocab_size),
+            n_parameters=sum(parameter.numel() for parameter in module.parameters()),
+            has_weights=weights,
+            trust_remote_code=trust_remote_code,
+            decoding=decoding_of(settings_of(Path(source.path), GENERATION_CONFIG), decoding),
+            path=path,
+            quantization=quantization,
+        )
+
+
+@contextmanager
+def _in_one_sentence(source: Weights) -> Iterator[None]:
+    """Say of whatever a model of another kind makes fail that the model cannot be loaded."""
+    try:
+        yield
+    except PersonaError:
+        raise
+    except Exception as error:
+        raise _unreadable(source, error) from error
 
 
 def _device(device: str) -> str:
@@ -289,6 +327,8 @@ def _load_lm(
             **options,
         )
     except Exception as error:
+        if (method := quantization_of(config, source.spec)) is not None:
+            raise not_here(source.spec, method, error) from error
         raise _unreadable(source, error) from error
     if report["mismatched_keys"]:
         name, there, needed = sorted(report["mismatched_keys"])[0]

@@ -158,9 +158,8 @@ def check_residual(name: str, shape: tuple[int, ...], rows: int, tree: ModuleTre
     """
     if len(shape) != 3 or shape[0] != rows or shape[-1] != tree.d_model:
         raise PersonaError(
-            f"The decoder layers of a {name} are given {list(shape)} for {rows} rows of tokens, "
-            f"not one residual of {tree.d_model} numbers for each token; only models with one "
-            "residual stream are supported."
+            f"The decoder layers of a {name} are given {list(shape)} and not [rows, tokens, "
+            f"{tree.d_model}]; only models with one residual stream are supported."
         )
 
 

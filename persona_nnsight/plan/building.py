@@ -72,7 +72,6 @@ def build_plan(
         )
         for cell in grid.cells
     )
-    pad_id = tokenizer.pad_token_id
     plan = Plan(
         command=command,
         prompts=tuple(encoded),
@@ -83,7 +82,8 @@ def build_plan(
         edits=tuple(edits),
         keeps_residuals=keeps_residuals,
         eos_ids=eos_ids,
-        pad_id=pad_id if isinstance(pad_id, int) else 0,
+        # The tokenizer's own may have no row in the embedding, as where it was added afterwards.
+        pad_id=next((token for prompt in encoded for token in prompt.ids), 0),
         seed=seed,
         given_x=given_x,
         decoding=decoding or {},

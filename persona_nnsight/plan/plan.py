@@ -99,7 +99,7 @@ class Plan:
         edits: the interventions; none for a capture.
         keeps_residuals: whether the residuals are handed back.
         eos_ids: tokens that end a continuation.
-        pad_id: a token for padding; attention never sees it.
+        pad_id: a token for padding, which stands in the prompts; attention never sees it.
         seed: of the ``random`` condition.
         given_x: Δ_X to use in place of the run's own, by persona: [positions][layers][d_model].
         continuation: length of the clean continuation, at least `last_generated` + 1 and as much

@@ -9,7 +9,7 @@ from typing import Any
 from persona_nnsight.pages.blocks import Facts
 from persona_nnsight.pages.stored_run import Run
 
-_MODEL = ("id", "spec", "revision", "sha256", "dtype", "device", "attention")
+_MODEL = ("id", "spec", "revision", "sha256", "dtype", "device", "attention", "quantization")
 
 
 def provenance(run: Run) -> Facts:
@@ -27,6 +27,10 @@ def provenance(run: Run) -> Facts:
     if where.get("host"):
         jobs = where.get("jobs") or []
         rows.append(("server", f"{where['host']} (NDIF), {len(jobs)} jobs"))
+    server = where.get("server")
+    path = where.get("path") or (server.get("path") if isinstance(server, dict) else None)
+    if isinstance(path, dict):
+        rows.append(("path of rows", f"{path.get('name')} ({path.get('why')})"))
     size = [
         f"{model[name]:,} {label}"
         for name, label in (

@@ -138,6 +138,7 @@ def _origin(model: Model, where: Mapping[str, Any]) -> dict[str, Any]:
             "dtype": served.get("dtype", str(model.dtype).removeprefix("torch.")),
             "device": served.get("device", model.device),
             "attention": served.get("attention", model.attention),
+            **({} if model.quantization is None else {"quantization": model.quantization}),
             "n_layers": model.tree.n_layers,
             "d_model": model.tree.d_model,
             "n_parameters": model.n_parameters,

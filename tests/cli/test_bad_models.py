@@ -12,6 +12,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import gguf
 import pytest
 import torch
 from commands import OUT, WHERE, Persona, refused
@@ -195,6 +196,18 @@ def test_specs(
     Path("absurd.gguf").write_bytes(b"GGUF\x03\0\0\0" + b"\xff" * 16 + b"x" * 100)
     Path("ggml.gguf").write_bytes(b"lmgg" + b"x" * 100)
     refused(persona("capture", "-m", spec, "-g", "grid.yaml", "-o", OUT), says)
+    assert not Path("cache").exists()
+
+
+def test_a_base_model_as_a_gguf_file(persona: Persona, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("PERSONA_CACHE", "cache")
+    writer = gguf.GGUFWriter("base.gguf", "llama")
+    writer.write_header_to_file()
+    writer.write_kv_data_to_file()
+    writer.write_tensors_to_file()
+    writer.close()
+    outcome = persona("capture", "-m", "base.gguf", "-g", "grid.yaml", "-o", OUT)
+    refused(outcome, "The tokenizer of 'base.gguf' has no chat template")
     assert not Path("cache").exists()
 
 

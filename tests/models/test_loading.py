@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from contextlib import suppress
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -308,6 +309,38 @@ def test_encoder_decoders_are_refused(tmp_path: Path) -> None:
     save_tokenizer(tmp_path)
     with pytest.raises(PersonaError, match="encoder-decoder"):
         load_model(str(tmp_path))
+
+
+@pytest.mark.parametrize("weights", [True, False])
+@pytest.mark.parametrize("kind", ["mamba", "rwkv", "xlstm"])
+def test_a_model_of_another_kind_loads_or_is_one_sentence(
+    tmp_path: Path, kind: str, weights: bool
+) -> None:
+    from tiny import save_tokenizer
+    from transformers import CONFIG_MAPPING, AutoModelForCausalLM
+
+    sizes: dict[str, Any] = {"vocab_size": 259, "hidden_size": 32, "num_hidden_layers": 2}
+    if kind == "xlstm":
+        sizes["num_heads"] = 4
+    config = CONFIG_MAPPING[kind](**sizes)
+    auto: Any = AutoModelForCausalLM
+    auto.from_config(config).save_pretrained(tmp_path)
+    save_tokenizer(tmp_path)
+    with suppress(PersonaError):
+        assert load_model(str(tmp_path), weights=weights).tree.n_layers == 2
+
+
+@pytest.mark.parametrize("weights", [True, False])
+@pytest.mark.parametrize("part", ["find_tree", "observed", "end_tokens", "class_of", "_options"])
+def test_whatever_fails_is_one_sentence(
+    tiny_dir: TinyDir, monkeypatch: pytest.MonkeyPatch, part: str, weights: bool
+) -> None:
+    def fail(*_: object) -> None:
+        raise AttributeError("this kind has no heads\nnor tails")
+
+    monkeypatch.setattr(f"persona_nnsight.models.loading.{part}", fail)
+    with pytest.raises(PersonaError, match=r"cannot be loaded \(this kind has no heads\); check"):
+        load_model(str(tiny_dir("llama")), weights=weights)
 
 
 def test_broken_directories(tmp_path: Path) -> None:

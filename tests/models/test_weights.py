@@ -185,6 +185,19 @@ def test_cached_model_needs_no_network() -> None:
         assert found.slug == "gemma-2-2b-it"
 
 
+def test_a_snapshot_that_is_given_by_its_path() -> None:
+    """It is called by the id of its model, as its directory is called by the commit alone."""
+    path = cached_snapshot("google/gemma-2-2b-it")
+    found = resolve(f"{path}/")
+    assert (found.path, found.model_id, found.slug) == (
+        str(path), "google/gemma-2-2b-it", "gemma-2-2b-it",
+    )  # fmt: skip
+    assert (found.revision, found.asked_revision, found.sha256) == (COMMIT, COMMIT, None)
+    assert not found.is_local
+    copy = shutil.copytree(path, path.parents[3] / COMMIT)
+    assert (resolve(str(copy)).model_id, resolve(str(copy)).revision) == (COMMIT, None)
+
+
 def test_cached_model_without_its_weights() -> None:
     path = cached_snapshot("org/model", weights=False)
     assert resolve("org/model", weights=False).path == str(path)
@@ -413,7 +426,9 @@ def test_no_network(fake_hub: type[FakeHub], monkeypatch: pytest.MonkeyPatch) ->
 # ------------------------------------------------------------------------------------ GGUF files
 
 
-def write_gguf(path: Path, architecture: str = "llama", name: str = "tiny") -> Path:
+def write_gguf(
+    path: Path, architecture: str = "llama", name: str = "tiny", *, template: bool = True
+) -> Path:
     """Write a one-layer Llama of random weights with a byte-level tokenizer."""
     byte_letters: Callable[[], dict[int, str]] = bytes_to_unicode
     width, inner, special = 32, 64, ["<unk>", "<s>", "<end>", "<x>"]
@@ -437,7 +452,8 @@ def write_gguf(path: Path, architecture: str = "llama", name: str = "tiny") -> P
     writer.add_bos_token_id(1)
     writer.add_eos_token_id(2)
     writer.add_unk_token_id(0)
-    writer.add_chat_template("{% for m in messages %}{{ m.content }}{% endfor %}")
+    if template:
+        writer.add_chat_template("{% for m in messages %}{{ m.content }}{% endfor %}")
     shapes: dict[str, tuple[int, ...]] = {
         "token_embd": (len(tokens), width),
         "output_norm": (width,),
@@ -534,6 +550,18 @@ def test_an_older_conversion_is_made_again(tmp_path: Path) -> None:
     resolve(str(path), notify=steps.append)
     assert [step.split()[0] for step in steps] == ["reading", "converting"]
     assert json.loads(marker.read_text()) == {**old, "method": gguf_convert._METHOD}
+
+
+def test_a_base_model_is_refused_before_it_is_converted(tmp_path: Path) -> None:
+    path = write_gguf(tmp_path / "base.gguf", template=False)
+    steps: list[str] = []
+    message = refusal(str(path), needs_template=True, notify=steps.append)
+    assert f"The tokenizer of '{path}' has no chat template" in message
+    assert [step.split()[0] for step in steps] == ["reading"]
+    assert not cache_dir().exists()
+    # Whoever gives it a template can have it, and it is not converted again.
+    found = resolve(str(path))
+    assert resolve(str(path), needs_template=True) == found
 
 
 def test_threads_convert_once(tmp_path: Path) -> None:

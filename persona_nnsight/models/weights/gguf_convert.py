@@ -32,6 +32,9 @@ MARKER = "persona-model.json"
 
 MAGIC = b"GGUF"
 
+_TEMPLATE = "tokenizer.chat_template"
+"""What the keys of a file's chat templates begin with."""
+
 _METHOD = 2
 """Which conversion made a directory; one of another number is made again from its file."""
 
@@ -58,27 +61,38 @@ def convert(
     target: Path,
     *,
     record: Mapping[str, str],
+    needs_template: bool = False,
     notify: Callable[[str], None],
 ) -> Path:
     """Convert `gguf` into the model directory `target`, once; return `target`.
 
     `record` goes into the marker file. The directory is built beside `target` and renamed into
     place, so a reader sees all of it or nothing; of two processes that convert at the same time
-    the first to finish wins and the other throws its copy away.
+    the first to finish wins and the other throws its copy away. With `needs_template` a file that
+    holds no chat template is refused before anything is converted.
     """
     with _one_at_a_time:
         if not is_converted(target):
-            _build(gguf, target, record, notify)
+            _build(gguf, target, record, needs_template, notify)
     return target
 
 
 def _build(
-    gguf: Path, target: Path, record: Mapping[str, str], notify: Callable[[str], None]
+    gguf: Path,
+    target: Path,
+    record: Mapping[str, str],
+    needs_template: bool,
+    notify: Callable[[str], None],
 ) -> None:
     """Convert into a directory beside `target`, then rename it."""
     notify(f"reading {gguf.name}")
     reader = _read(gguf)
     architecture = _architecture(reader, gguf)
+    if needs_template and not any(key.startswith(_TEMPLATE) for key in reader.fields):
+        raise PersonaError(
+            f"The tokenizer of '{gguf}' has no chat template, so there is no user turn to put a "
+            "role prompt in; use an instruction-tuned model."
+        )
     try:
         target.parent.mkdir(parents=True, exist_ok=True)
         if read_marker(target):  # of an older conversion

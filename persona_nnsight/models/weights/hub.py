@@ -41,6 +41,7 @@ DEADLINE = 4.0
 INSTEAD = f"a model directory, a .gguf file or the embedded {ALIAS!r}"
 """What works without a hub, for error messages."""
 
+_COMMIT = re.compile(r"[0-9a-f]{40}")
 _ID = re.compile(r"\w([\w.-]*\w)?/\w([\w.-]{0,94}\w)?", re.ASCII)
 
 
@@ -65,6 +66,19 @@ def cached_ids() -> list[str]:
     """Return the ids of models of which the hub cache holds anything."""
     folders = sorted(cache().glob("models--*--*"))
     return ["/".join(folder.name.split("--")[1:]) for folder in folders]
+
+
+def snapshot_of(path: Path) -> str | None:
+    """Return the id of the model that a directory is a snapshot of in a hub cache, or None.
+
+    >>> commit = "0123456789abcdef0123456789abcdef01234567"
+    >>> snapshot_of(Path("hub/models--google--gemma-2-2b-it/snapshots") / commit)
+    'google/gemma-2-2b-it'
+    """
+    kind, *names = path.parent.parent.name.split("--")
+    if path.parent.name != "snapshots" or kind != "models" or not _COMMIT.fullmatch(path.name):
+        return None
+    return "/".join(names) or None
 
 
 def is_complete(snapshot: Path, *, weights: bool) -> bool:

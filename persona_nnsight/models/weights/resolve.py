@@ -92,6 +92,7 @@ def resolve(
     revision: str | None = None,
     fetch: bool = True,
     weights: bool = True,
+    needs_template: bool = False,
     notify: Callable[[str], None] | None = None,
 ) -> Weights:
     """Find the model `spec` names, fetching or converting it if need be.
@@ -102,6 +103,8 @@ def resolve(
         fetch: Whether weights may be downloaded, or converted, for this.
         weights: False asks for config and tokenizer only, as a dry run does; it spares the
             download of a hub model's weights, and a directory needs none.
+        needs_template: Whether a GGUF file without a chat template is refused rather than
+            converted.
         notify: Called with one line at the start of each slow step.
     """
     tell = notify or (lambda _: None)
@@ -124,7 +127,7 @@ def resolve(
         with _readable(spec):
             return _from_directory(spec, path, weights=weights)
     if is_file:
-        return _from_gguf(spec, path, fetch=fetch, notify=tell)
+        return _from_gguf(spec, path, fetch=fetch, needs_template=needs_template, notify=tell)
     raise PersonaError(f"No such file or directory: {spec!r}; a model is {FORMS}.")
 
 
@@ -144,7 +147,9 @@ def _from_embedded(spec: str, *, fetch: bool, notify: Callable[[str], None]) -> 
     return Weights(spec, str(path), spec, model_files.slug(spec), sha256=embedded.GGUF_SHA256)
 
 
-def _from_gguf(spec: str, path: Path, *, fetch: bool, notify: Callable[[str], None]) -> Weights:
+def _from_gguf(
+    spec: str, path: Path, *, fetch: bool, needs_template: bool, notify: Callable[[str], None]
+) -> Weights:
     """Resolve a GGUF file, converting it the first time its content is met."""
     with _readable(spec):
         with path.open("rb") as file:
@@ -159,7 +164,7 @@ def _from_gguf(spec: str, path: Path, *, fetch: bool, notify: Callable[[str], No
         raise PersonaError(
             f"{spec!r} has not been converted on this machine; run `persona models pull {spec}`."
         )
-    gguf_convert.convert(path, target, record=record, notify=notify)
+    gguf_convert.convert(path, target, record=record, needs_template=needs_template, notify=notify)
     return Weights(spec, str(target), path.name, model_files.slug(path.name), sha256=digest)
 
 
@@ -191,6 +196,8 @@ def _from_directory(spec: str, path: Path, *, weights: bool) -> Weights:
         raise PersonaError(f"{spec!r} is no model directory, it lacks {lacking}; {hint}.")
     _refuse_unreadable(path, spec)
     unread.refuse_other_weights(path, spec)
+    if (model_id := hub.snapshot_of(path)) is not None:
+        return _snapshot(spec, path, model_id, asked_revision=path.name)
     digest = model_files.fingerprint(path)
     return Weights(spec, str(path), path.name, model_files.slug(path.name), sha256=digest)
 
@@ -220,13 +227,18 @@ def _from_hub(
     unread.refuse_adapter(path, spec)
     _refuse_unreadable(path, spec)
     unread.refuse_other_weights(path, spec)
+    return _snapshot(spec, path, spec, asked_revision=revision)
+
+
+def _snapshot(spec: str, path: Path, model_id: str, *, asked_revision: str | None) -> Weights:
+    """A snapshot in the hub cache, which is called by the commit that it is of."""
     return Weights(
         spec,
         str(path),
-        spec,
-        model_files.slug(spec),
+        model_id,
+        model_files.slug(model_id),
         revision=path.name,
-        asked_revision=revision,
+        asked_revision=asked_revision,
     )
 
 
