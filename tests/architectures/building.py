@@ -69,10 +69,10 @@ def build(architecture: Architecture, window: int) -> PreTrainedModel:
 
 def save(model: PreTrainedModel, directory: Path) -> None:
     """Save a model and its tokenizer as a directory that a user may name."""
-    if model.generation_config is not None:
-        model.generation_config.bos_token_id = IM_START_ID
-        model.generation_config.eos_token_id = IM_END_ID
-        model.generation_config.pad_token_id = PAD_ID
+    if (generation := getattr(model, "generation_config", None)) is not None:
+        generation.bos_token_id = IM_START_ID
+        generation.eos_token_id = IM_END_ID
+        generation.pad_token_id = PAD_ID
     model.save_pretrained(str(directory))
     save_tokenizer(directory)
 
