@@ -25,22 +25,16 @@ VOCABULARY = 320
 LONG, SHORT = 512, 24
 """Attention windows, in tokens: longer than the prompts, and shorter."""
 
-_SIZES: tuple[tuple[str, Any], ...] = (
+_HEAD = 16
+_SIZES: tuple[tuple[str, int], ...] = (
     (r"(.*_)?vocab_size(_per_layer_input)?", VOCABULARY),
-    (
-        r"num_hidden_layers|n_layers?|num_layers|((num_)?(en|de)coder_)?layers|depth|num_blocks",
-        N_LAYERS,
-    ),
+    (r"num_hidden_layers|n_layers?|num_layers|layers|depth|num_blocks", N_LAYERS),
+    (r"(num_)?(en|de)coder_layers", N_LAYERS),
     (r"hidden_size_per_layer_input", 8),
-    (
-        r"(.*_)?(hidden_size|hidden_dim|embed_dim|embedding_size|embedding_dim|emb_dim|projection_dim)",
-        64,
-    ),
-    (
-        r"d_model|n_embd|dim_model|attention_hidden_size|vision_output_dim|output_dim|output_proj_dims",
-        64,
-    ),
-    (r"projector_(in|out)put_dim|word_embed_proj_dim|lru_width|mm_embed_dim|audio_embed_dim", 64),
+    (r"(.*_)?(hidden_size|hidden_dim|embed_dim|embedding_size|embedding_dim|emb_dim)", 64),
+    (r"(.*_)?projection_dim|d_model|n_embd|dim_model|attention_hidden_size", 64),
+    (r"vision_output_dim|output_dim|output_proj_dims|projector_(in|out)put_dim", 64),
+    (r"word_embed_proj_dim|lru_width|mm_embed_dim|audio_embed_dim", 64),
     (r"image_token_embed_dim|.*_proj_size|block_multiple_of|hidden_size_global|n_inner", 64),
     (r"moe_(shared_expert_)?intermediate_size|shared_(expert_)?intermediate_size", 32),
     (r"expert_ffn_hidden_size|share_expert_dim|dense_intermediate_size", 32),
@@ -51,7 +45,7 @@ _SIZES: tuple[tuple[str, Any], ...] = (
     (r"(.*_)?(num_key_value_heads|num_kv_heads|kv_n_heads|num_key_heads)", 2),
     (r"(.*_)?(num_attention_heads|attention_heads|num_heads|n_heads?|num_value_heads)", 4),
     (r"qk_(rope|nope)_head_dim|linear_(key|value)_head_dim|index_head_dim|rotary_dim", 8),
-    (r"(.*_)?(head_dim|dim_head|d_head|d_kv|kv_channels|v_head_dim|head_size)", 16),
+    (r"(.*_)?(head_dim|dim_head|d_head|d_kv|kv_channels|v_head_dim|head_size)", _HEAD),
     (r"(.*_)?(num_experts|num_local_experts|n_routed_experts)", 4),
     (r"num_experts_per_tok|moe_topk|moe_k|moe_top_k|top_k_experts", 2),
     (r"n_group|topk_group", 1),
@@ -68,6 +62,7 @@ _SIZES: tuple[tuple[str, Any], ...] = (
     (r"(attn|expert)_layer_period", 2),
     (r"(attn|expert)_layer_offset", 1),
 )
+"""Names, and what is put there instead of a number; the first that fits."""
 
 _WINDOW_NAMES = re.compile(
     r"sliding_window(_size)?|attention_chunk_size|window_size|local_attention"
@@ -77,6 +72,7 @@ _IDS = {
     **{"bos_token_id": IM_START_ID, "eos_token_id": IM_END_ID, "pad_token_id": PAD_ID},
     **dict.fromkeys(("forced_eos_token_id", "forced_bos_token_id"), None),
 }
+"""Of the tokenizer."""
 _MARK = re.compile(r".*_token_(id|index)|.*_id")
 
 
@@ -106,7 +102,7 @@ def tiny_config(config_class: Any, window: int = LONG, **given: Any) -> PreTrain
         elif name in _IDS:
             values[name] = _IDS[name]
         elif name == "head_dim":
-            values[name] = _size(name)
+            values[name] = _HEAD
         elif name == "rope_parameters" and "mrope_section" in _rope_keys(config_class):
             values[name] = {**value, "mrope_section": _sections(value)}
         elif value is None or isinstance(value, bool):
@@ -122,11 +118,10 @@ def tiny_config(config_class: Any, window: int = LONG, **given: Any) -> PreTrain
         elif isinstance(value, int) and (size := _size(name)) is not None:
             values[name] = size
     if is_text and window == SHORT and {"use_sliding_window", "max_window_layers"} & {*defaults}:
-        values |= {"sliding_window": window}
-        values |= {"use_sliding_window": True} if "use_sliding_window" in defaults else {}
-        values.pop("layer_types", None)
-    if is_text and "is_decoder" in defaults:
-        values["is_decoder"] = True
+        values["sliding_window"] = window
+        values.pop("layer_types", None)  # they follow from it
+    flags = {"use_sliding_window": window == SHORT, "is_decoder": True} if is_text else {}
+    values |= {name: flag for name, flag in flags.items() if name in defaults}
     if "kv_lora_rank" in defaults and "num_key_value_heads" in values:
         values["num_key_value_heads"] = values["num_attention_heads"]
     values |= typed
@@ -141,7 +136,7 @@ def _rope_keys(config_class: Any) -> Collection[str]:
 
 def _sections(rope_parameters: dict[str, Any]) -> list[int]:
     """How many pairs of a head are turned by time, height and width."""
-    pairs = int(_size("head_dim") * rope_parameters.get("partial_rotary_factor", 1.0)) // 2
+    pairs = int(_HEAD * rope_parameters.get("partial_rotary_factor", 1.0)) // 2
     third = (pairs + 1) // 3
     return [third, third, pairs - 2 * third]
 
@@ -176,5 +171,5 @@ def _every_kind(by_layer: Any) -> list[Any]:
     return [kinds[layer % len(kinds)] for layer in range(N_LAYERS)]
 
 
-def _size(name: str) -> Any:
+def _size(name: str) -> int | None:
     return next((value for names, value in _SIZES if re.fullmatch(names, name)), None)
