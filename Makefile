@@ -10,7 +10,7 @@ PAGES ?= README.md $(wildcard docs/*.md docs/commands/*.md)
 PYTEST := HF_HUB_OFFLINE=1 $(BIN)/python -m pytest
 PARALLEL := -n $(WORKERS) --dist worksteal
 
-.PHONY: demo test test-slow test-ndif fuzz bench ndif-server ndif-server-down example docs audit sbom clean
+.PHONY: demo test test-slow test-ndif test-architectures fuzz bench ndif-server ndif-server-down example docs audit sbom clean
 
 ## Fetch the embedded model and run the main experiment on it.
 demo: $(VENV)/installed
@@ -34,6 +34,12 @@ test-slow: $(VENV)/tested
 ## Run the commands on a real NDIF server, which this installs, starts and stops.
 test-ndif: $(VENV)/tested
 	$(PYTEST) -m ndif
+
+## Run a tiny model of every class of transformers against the oracle. ONLY: these model types, with
+## commas between; WRITE=1 writes what comes out to docs/architectures.md.
+test-architectures: $(VENV)/tested
+	OMP_NUM_THREADS=1 $(BIN)/python tests/architectures --workers $(WORKERS) \
+		$(if $(ONLY),--only $(ONLY)) $(if $(WRITE),--write)
 
 ## Fuzz whatever reads a text or a file for SECONDS, guided by coverage (Linux).
 fuzz: $(VENV)/tested

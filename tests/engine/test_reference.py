@@ -22,9 +22,16 @@ from tiny import (
     N_LAYERS,
     NO_SYSTEM,
     THINKING,
+    VOCAB_SIZE,
     make_model_dir,
+    save_tokenizer,
 )
-from transformers import AutoModelForCausalLM, AutoTokenizer
+from transformers import (
+    AutoModelForCausalLM,
+    AutoTokenizer,
+    OpenAIGPTConfig,
+    OpenAIGPTLMHeadModel,
+)
 
 PROMPTS = grid_prompts("Yoda", "Write a haiku.", "a person", "Give advice.", donor="Karl Marx")
 POSITIONS = ("p_user_last", "p_last", "g1", "g2")
@@ -82,6 +89,23 @@ def test_residual_is_hidden_states(references: Callable[[str], Reference], famil
         for position in (0, 7, len(ids) - 1):
             got = ref.residual(ids, layer, position)
             assert torch.equal(got, hidden[layer][0, position])
+
+
+def test_the_layers_of_an_unknown_family_are_where_they_are_said_to_be(llama: Reference) -> None:
+    others = Reference(llama.model, llama.tokenizer, llama.eos, "model.layers")
+    assert others.layers is llama.layers
+    with pytest.raises(ValueError, match="no decoder layers"):
+        Reference(llama.model, llama.tokenizer, llama.eos, "model.blocks")
+
+
+def test_models_that_know_no_cache_are_not_told_to_use_none(tmp_path: Path) -> None:
+    """OpenAI GPT takes no `use_cache`."""
+    config = OpenAIGPTConfig(vocab_size=VOCAB_SIZE, n_positions=128, n_embd=32, n_layer=2, n_head=4)
+    OpenAIGPTLMHeadModel(config).save_pretrained(str(tmp_path))
+    save_tokenizer(tmp_path)
+    ref = load(tmp_path)
+    ids = ref.ids(PROMPTS["XY"])
+    assert ref.greedy(ids, 3) == generate(ref, ids, 3)
 
 
 def test_every_layer_has_its_own_residual(llama: Reference) -> None:

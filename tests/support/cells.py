@@ -24,9 +24,11 @@ GRID_TEXT = "name: x\npersonas: {yoda: Yoda}\ntasks: {haiku: write a haiku.}\n"
 """A grid's file, as short as one can be."""
 
 
-def reference_of(model: Model, eos: Collection[int] = (IM_END_ID,)) -> Reference:
+def reference_of(
+    model: Model, eos: Collection[int] = (IM_END_ID,), layers: str | None = None
+) -> Reference:
     """The oracle on the same weights; a tiny model ends its texts with one token."""
-    return Reference(model.lm._module, model.tokenizer, eos)
+    return Reference(model.lm._module, model.tokenizer, eos, layers)
 
 
 def cell_prompts(grid: Grid, cell: Cell) -> dict[str, str]:

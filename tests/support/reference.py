@@ -7,6 +7,7 @@ Imports nothing from the package, so that agreement with it means something.
 
 from __future__ import annotations
 
+import inspect
 import math
 from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
@@ -134,20 +135,29 @@ class Reference:
     """Residuals, edits, continuations and KLs of one model, one forward at a time."""
 
     def __init__(
-        self, model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, eos: Collection[int]
+        self,
+        model: PreTrainedModel,
+        tokenizer: PreTrainedTokenizerBase,
+        eos: Collection[int],
+        layers: str | None = None,
     ) -> None:
-        """`eos`: the tokens that end a continuation, which whoever asks has to know."""
+        """`eos`: the tokens that end a continuation, which whoever asks has to know.
+
+        `layers`: the path of the decoder layers, where it is none of `LAYER_PATHS`.
+        """
         self.model = model.train(False)
         self.tokenizer = tokenizer
-        self.layers = self._find_layers(model)
+        self.layers = self._find_layers(model, LAYER_PATHS if layers is None else (layers,))
         self.eos = frozenset(eos)
+        known = inspect.signature(type(model).forward).parameters
+        self._options = {"use_cache": False} if "use_cache" in known else {}
         self._unedited: dict[tuple[int, ...], tuple[list[Tensor], Tensor]] = {}
 
     # ------------------------------------------------------------------- primitives
 
     @staticmethod
-    def _find_layers(model: PreTrainedModel) -> nn.ModuleList:
-        for path in LAYER_PATHS:
+    def _find_layers(model: PreTrainedModel, paths: Sequence[str]) -> nn.ModuleList:
+        for path in paths:
             found: Any = model
             for name in path.split("."):
                 found = getattr(found, name, None)
@@ -208,9 +218,8 @@ class Reference:
     def _logits(self, ids: Sequence[int], edits: Edits | None = None) -> Tensor:
         """One forward over one sequence: float32 logits [len(ids), vocab]."""
         with self._editing(edits):
-            output = self.model(
-                input_ids=torch.tensor([list(ids)], device=self.model.device), use_cache=False
-            )
+            tokens = torch.tensor([list(ids)], device=self.model.device)
+            output = self.model(input_ids=tokens, **self._options)
         return cast(Tensor, output.logits[0].float())
 
     def greedy(self, ids: Sequence[int], n: int, edits: Edits | None = None) -> list[int]:

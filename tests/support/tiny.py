@@ -448,7 +448,7 @@ DEMANDING: dict[str, Callable[[], PreTrainedModel]] = {
 """Those that do not bear all of it, or take more to be loaded."""
 
 
-def _randomize(model: PreTrainedModel) -> None:
+def randomize(model: PreTrainedModel) -> None:
     """Redraw the weights, larger than an initialiser would: edits and positions must matter."""
     with torch.no_grad():
         for parameter in model.parameters():
@@ -456,8 +456,11 @@ def _randomize(model: PreTrainedModel) -> None:
                 parameter.normal_(0.0, 0.3)
             else:  # norms and biases: disturbed, so that leaving one out shows
                 parameter.add_(torch.randn_like(parameter) * 0.1)
-        # Small logits for <|im_end|> and <pad>: never the largest, so nothing ends by chance.
-        cast(Any, model).get_output_embeddings().weight[[IM_END_ID, PAD_ID]] *= 0.01
+        # Small logits for <|im_end|>, <pad> and what is not in the tokenizer: never the largest,
+        # so that nothing ends by chance.
+        embeddings = model.get_output_embeddings()
+        if isinstance(getattr(embeddings, "weight", None), torch.Tensor):  # some have several
+            embeddings.weight[IM_END_ID:] *= 0.01
 
 
 def make_model_dir(
@@ -478,7 +481,7 @@ def make_model_dir(
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(SEED)
         model = {**FAMILIES, **DEMANDING}[family]()
-        _randomize(model)
+        randomize(model)
     eos = EARLY_EOS_IDS if eos_early else IM_END_ID
     model.config.eos_token_id = eos
     model.config.get_text_config().eos_token_id = eos
