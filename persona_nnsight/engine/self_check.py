@@ -42,6 +42,8 @@ _TOLERANCE = 1e-4
 #: In fewer bits, so many times what one rounding of the residual does to residuals and to logits.
 #: Of models that bear all, the first are below a half of it, the last below twice.
 _ROUNDINGS, _LOGIT_ROUNDINGS = 1.5, 3.0
+#: By how much an edited residual is longer.
+_RAISED = 1.5
 #: Tokens that are decoded before anything else is compared.
 _DECODED = 3
 
@@ -240,14 +242,14 @@ def _looks_ahead(probe: _Probe) -> bool:
 
 
 def _keeps_cache(probe: _Probe) -> bool:
-    """Whether rows by themselves are decoded with the model's own cache as without any."""
+    """Whether rows of one length are decoded with the model's own cache as without any."""
     plan, n_tokens = probe.chunk.plan, len(probe.follows)
     try:
         for own in probe.ids:
-            ids = torch.tensor([own], device=probe.chunk.device)
+            ids = torch.tensor([own, own], device=probe.chunk.device)
             inputs = {"input_ids": ids, "attention_mask": torch.ones_like(ids)}
             inputs |= decoding(plan, n_tokens)
-            if _decoded_excess(probe, inputs, n_tokens, [own]) > 1:
+            if _decoded_excess(probe, inputs, n_tokens, [own, own]) > 1:
                 return False
     except Exception as error:
         if is_out_of_memory(error):
@@ -261,16 +263,19 @@ def _decoded_excess(
 ) -> float:
     """How far the logits of a ``generate`` are from those of plain forwards over its tokens.
 
-    Infinitely far where a step feeds more than the last token: an edit of an earlier one would be
-    undone by the next step.
+    In both, the residual of the prompt's last token is edited, which is to last. Infinitely far
+    where a step feeds more than the last token: the next step would undo an edit.
     """
     lm, layer = probe.chunk.lm, min(1, probe.chunk.tree.n_layers - 1)
     forget(lm)
     with wide_logits(lm), lm.generate(**inputs) as tracer:
         fed = nnsight.save([])
         steps = nnsight.save([])
-        for _ in tracer.iter[:n_tokens]:
-            fed.append(probe.chunk.residual(layer).shape[-2])
+        for step in tracer.iter[:n_tokens]:
+            hidden = probe.chunk.editable_residual(layer)
+            fed.append(hidden.shape[-2])
+            if step == 0:
+                hidden[..., -1, :] *= _RAISED
             steps.append(lm.output.logits[:, -1].clone())
         tokens = nnsight.save(tracer.result)
     if any(count != 1 for count in fed[1:]):
@@ -278,7 +283,7 @@ def _decoded_excess(
     written = tokens[:, -n_tokens:].tolist()
     rows = [[*own, *more[:-1]] for own, more in zip(prompts, written, strict=True)]
     logits = torch.stack(list(steps), dim=1)
-    return probe.excess([logits], _plain(probe.chunk, rows, n_tokens))
+    return probe.excess([logits], _plain(probe.chunk, rows, n_tokens, raised=True))
 
 
 def _enter(chunk: Chunk, before: KVCache, ids: Tensor, feed: Tensor, entry: int) -> Readings:
@@ -296,7 +301,12 @@ def _enter(chunk: Chunk, before: KVCache, ids: Tensor, feed: Tensor, entry: int)
 
 
 def _plain(
-    chunk: Chunk, rows: Sequence[Sequence[int]], kept: int, *, rounded: bool = False
+    chunk: Chunk,
+    rows: Sequence[Sequence[int]],
+    kept: int,
+    *,
+    rounded: bool = False,
+    raised: bool = False,
 ) -> Readings:
     """Readings of the last `kept` tokens of rows that run one at a time.
 
@@ -305,6 +315,7 @@ def _plain(
         rows: token ids.
         kept: how many.
         rounded: whether the first residual that is read is moved by one rounding error.
+        raised: whether that of the first of these tokens is made longer.
     """
     lm, layers = chunk.lm, range(1, chunk.tree.n_layers)
     unit = torch.finfo(chunk.dtype).eps / 2
@@ -316,6 +327,8 @@ def _plain(
             if rounded and layers:
                 hidden = chunk.editable_residual(1)
                 hidden.mul_(factor.to(hidden.device))
+            if raised:
+                chunk.editable_residual(min(1, len(layers)))[..., -kept, :] *= _RAISED
             readings = nnsight.save([])
             _read(chunk, readings, layers, kept)
         found.append(list(readings))
