@@ -356,7 +356,7 @@ class CellOptions:
                 )
             return Grid.single(self.persona, self.task)
         loaded = Grid.load(default if self.grid is None else self.grid)
-        return loaded.select(_names(self.personas), _names(self.tasks))
+        return loaded.select(names(self.personas), names(self.tasks))
 
 
 @dataclass(frozen=True)
@@ -386,5 +386,6 @@ class RunOptions:
     verbose: Verbose = False
 
 
-def _names(text: str | None) -> list[str] | None:
+def names(text: str | None) -> list[str] | None:
+    """Keys with commas between them; None where nothing is given."""
     return None if text is None else [key.strip() for key in text.split(",")]

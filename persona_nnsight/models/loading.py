@@ -211,6 +211,18 @@ def _in_one_sentence(source: Weights) -> Iterator[None]:
         raise _unreadable(source, error) from error
 
 
+def load_tokenizer(
+    spec: str = DEFAULT_MODEL, *, notify: Callable[[str], None] | None = None
+) -> PreTrainedTokenizerBase:
+    """Load a model's tokenizer alone; `spec` and `notify` are those of `load_model`.
+
+    Raises:
+        PersonaError: no such model, files that cannot be read, or code in them.
+    """
+    source = resolve(spec, weights=False, notify=notify)
+    return _load_tokenizer(source, trust_remote_code=False)
+
+
 def _device(device: str) -> str:
     if device == "auto":
         if torch.cuda.is_available():

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Sequence
+from collections.abc import Hashable, Sequence
 from typing import TYPE_CHECKING, Any
 
 from persona_nnsight.errors import PersonaError
@@ -13,6 +13,8 @@ from persona_nnsight.plan.plan import CellPlan, Edit, Given, Plan
 from persona_nnsight.prompts.encoding import encode_prompt
 from persona_nnsight.prompts.prompt import Prompt
 from persona_nnsight.prompts.rendering import UNDATED, Rendering
+from persona_nnsight.prompts.role_prompt import RolePrompt, bare_task
+from persona_nnsight.prompts.token_groups import encode_grouped
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -41,21 +43,29 @@ def build_plan(
 
     Raises:
         PersonaError: a window or text length that is no positive number, a prompt that the chat
-            template cannot take, or a template in which an asked position does not exist.
+            template cannot take, a template in which an asked position does not exist, or edits
+            of token groups with a tokenizer that does not tell them apart.
     """
     if window < 1:
         raise PersonaError(f"A window of {window} tokens holds nothing; use 1 or more (10).")
     for edit in edits:
         if edit.generate < 0:
             raise PersonaError(f"Cannot generate {edit.generate} tokens; use 0 for none, or more.")
-    prompts: dict[str, int] = {}
+    prompts: dict[Hashable, int] = {}
     encoded: list[Prompt] = []
+    grouped = any(edit.intervention.needs_groups for edit in edits)
 
-    def index(text: str) -> int:
-        if text not in prompts:
-            prompts[text] = len(encoded)
-            encoded.append(encode_prompt(tokenizer, text, rendering))
-        return prompts[text]
+    def index(message: RolePrompt) -> int:
+        # One text may come of other personas and tasks, which are then other groups.
+        key = message if grouped else message.text
+        if key not in prompts:
+            prompts[key] = len(encoded)
+            encoded.append(
+                encode_grouped(tokenizer, message, rendering)
+                if grouped
+                else encode_prompt(tokenizer, message.text, rendering)
+            )
+        return prompts[key]
 
     wanted = {*RESIDUAL_KEYS, *(key for edit in edits for key in edit.prompts)}
     if given_x is None:
@@ -67,7 +77,11 @@ def build_plan(
         CellPlan(
             persona=cell.persona.key,
             task=cell.task.key,
-            prompts={key: index(text) for key, text in _texts(grid, cell).items() if key in wanted},
+            prompts={
+                key: index(message)
+                for key, message in _messages(grid, cell).items()
+                if key in wanted
+            },
             seed=_cell_seed(seed, grid.prompt(cell.persona, cell.task)),
         )
         for cell in grid.cells
@@ -100,18 +114,18 @@ def build_plan(
     return plan
 
 
-def _texts(grid: Grid, cell: Cell) -> dict[str, str]:
+def _messages(grid: Grid, cell: Cell) -> dict[str, RolePrompt]:
     persona, task = cell.persona, cell.task
-    texts = {
-        "BB": grid.prompt(None, None),
-        "XB": grid.prompt(persona, None),
-        "BY": grid.prompt(None, task),
-        "XY": grid.prompt(persona, task),
-        TASK_KEY: task.text,
+    messages = {
+        "BB": grid.role_prompt(None, None),
+        "XB": grid.role_prompt(persona, None),
+        "BY": grid.role_prompt(None, task),
+        "XY": grid.role_prompt(persona, task),
+        TASK_KEY: bare_task(task.text),
     }
     if (donor := grid.donor(persona)) is not None:
-        texts[DONOR_KEY] = grid.prompt(donor, None)
-    return texts
+        messages[DONOR_KEY] = grid.role_prompt(donor, None)
+    return messages
 
 
 def _cell_seed(seed: int, text: str) -> int:

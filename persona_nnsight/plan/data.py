@@ -16,7 +16,7 @@ from persona_nnsight.prompts.rendering import Rendering
 
 def to_data(plan: Plan) -> dict[str, Any]:
     """The plan as dictionaries, lists, strings and numbers."""
-    return asdict(plan)
+    return {**asdict(plan), "prompts": tuple(prompt.to_data() for prompt in plan.prompts)}
 
 
 def digest(plan: Plan) -> str:
@@ -35,9 +35,7 @@ def from_data(data: dict[str, Any]) -> Plan:
     return Plan(
         **{
             **data,
-            "prompts": tuple(
-                Prompt(**{**prompt, "ids": tuple(prompt["ids"])}) for prompt in data["prompts"]
-            ),
+            "prompts": tuple(Prompt.from_data(prompt) for prompt in data["prompts"]),
             "cells": tuple(CellPlan(**cell) for cell in data["cells"]),
             "layers": tuple(data["layers"]),
             "positions": tuple(data["positions"]),

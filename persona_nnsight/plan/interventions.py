@@ -49,6 +49,11 @@ class Intervention:
         return ()
 
     @property
+    def needs_groups(self) -> bool:
+        """Whether it has to know which tokens are the persona's and the task's."""
+        return False
+
+    @property
     def batch_key(self) -> Hashable:
         """What those that are scored in one batch share."""
         return self.kind, self.positions

@@ -82,12 +82,13 @@ def join(plans: Sequence[Plan]) -> JointPlan:
     """
     first = plans[0]
     windows = _check_common(plans)
-    prompts = _all_prompts(plans)
-    place = {text: index for index, text in enumerate(prompts)}
+    grouped = _grouped(plans)
+    prompts = _all_prompts(plans, grouped)
+    place = {prompt: index for index, prompt in enumerate(prompts)}
     cells: dict[tuple[str, str], CellPlan] = {}
     for plan in plans:
         for cell in plan.cells:
-            own = {key: place[plan.prompts[i].text] for key, i in cell.prompts.items()}
+            own = {key: place[_told(plan.prompts[i], grouped)] for key, i in cell.prompts.items()}
             known = cells.get((cell.persona, cell.task))
             before = {} if known is None else known.prompts
             for key in own:
@@ -101,7 +102,7 @@ def join(plans: Sequence[Plan]) -> JointPlan:
     asked = {name for plan in plans for name in plan.positions}
     joint = replace(
         first,
-        prompts=tuple(prompts.values()),
+        prompts=tuple(prompts),
         cells=tuple(cells.values()),
         layers=tuple(sorted({layer for plan in plans for layer in plan.layers})),
         positions=tuple(name for name in POSITIONS if name in asked),
@@ -150,14 +151,30 @@ def _check_common(plans: Sequence[Plan]) -> set[int]:
     return windows
 
 
-def _all_prompts(plans: Sequence[Plan]) -> dict[str, Prompt]:
-    """The prompts of all plans by their text, in first-use order."""
-    prompts: dict[str, Prompt] = {}
-    for plan in plans:
-        for prompt in plan.prompts:
-            if prompts.setdefault(prompt.text, prompt) != prompt:
-                raise ValueError(f"the prompt {prompt.text!r} has other tokens in each plan")
-    return prompts
+def _grouped(plans: Sequence[Plan]) -> dict[str, Prompt]:
+    """Prompts with token groups, by their text; of one text with other groups, the first."""
+    found: dict[str, Prompt] = {}
+    for prompt in (prompt for plan in plans for prompt in plan.prompts):
+        if prompt.groups is not None:
+            found.setdefault(prompt.text, prompt)
+    return found
+
+
+def _told(prompt: Prompt, grouped: dict[str, Prompt]) -> Prompt:
+    """A prompt whose groups nobody asked for is that of another plan that has them."""
+    return prompt if prompt.groups is not None else grouped.get(prompt.text, prompt)
+
+
+def _all_prompts(plans: Sequence[Plan], grouped: dict[str, Prompt]) -> list[Prompt]:
+    """The prompts of all plans, each once, in first-use order."""
+    tokens: dict[str, tuple[tuple[int, ...], int | None]] = {}
+    prompts: dict[Prompt, None] = {}
+    for prompt in (prompt for plan in plans for prompt in plan.prompts):
+        own = prompt.ids, prompt.user_last
+        if tokens.setdefault(prompt.text, own) != own:
+            raise ValueError(f"the prompt {prompt.text!r} has other tokens in each plan")
+        prompts[_told(prompt, grouped)] = None
+    return list(prompts)
 
 
 def _on_cells(edit: Edit, numbers: Sequence[int], n_cells: int) -> Edit:

@@ -23,6 +23,10 @@ if TYPE_CHECKING:
 #: (role, content) each.
 Messages = Sequence[tuple[str, str]]
 
+#: Messages that stand in no template, that a template has no reason to change, and that end in
+#: what a mark may stand beside.
+PROBES = (".Qxkzvone.", ".Qxkzvtwo.", ".Qxkzvthree.")
+
 #: What a template that writes no date has for today: anything, as long as it is always the same.
 _ANY_DAY = date(2024, 7, 26)
 #: Days of which nothing is the same: year, month, day, or day of the week.

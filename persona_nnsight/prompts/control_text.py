@@ -18,16 +18,13 @@ from typing import TYPE_CHECKING
 from weakref import WeakKeyDictionary
 
 from persona_nnsight.errors import PersonaError
-from persona_nnsight.prompts.chat_template import render
+from persona_nnsight.prompts.chat_template import PROBES, render
 from persona_nnsight.prompts.rendering import Rendering
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
-#: Contents that stand in no template, that a template has no reason to change, and that end in
-#: what a mark may stand beside.
-_CONTENTS = (".Qxkzvone.", ".Qxkzvtwo.", ".Qxkzvthree.")
-_CONTENT = re.compile("|".join(map(re.escape, _CONTENTS)))
+_CONTENT = re.compile("|".join(map(re.escape, PROBES)))
 #: What stands beside a message may depend on the messages around it.
 _LONGER = (("system", "user"), ("user", "assistant", "user"))
 
@@ -98,8 +95,8 @@ def control_text(tokenizer: PreTrainedTokenizerBase, rendering: Rendering) -> Co
 
 
 def _derive(tokenizer: PreTrainedTokenizerBase, rendering: Rendering) -> ControlText:
-    prompt = render(tokenizer, [("user", _CONTENTS[0])], rendering)
-    if _CONTENTS[0] not in prompt:
+    prompt = render(tokenizer, [("user", PROBES[0])], rendering)
+    if PROBES[0] not in prompt:
         raise PersonaError(
             f"The chat template of {tokenizer.name_or_path!r} leaves a message of plain text out; "
             "use an instruction-tuned model whose template takes plain text."
@@ -108,7 +105,7 @@ def _derive(tokenizer: PreTrainedTokenizerBase, rendering: Rendering) -> Control
     frames = [_CONTENT.split(prompt)]
     for roles in _LONGER:
         with suppress(PersonaError):  # Gemma's takes no system message
-            messages = list(zip(roles, _CONTENTS, strict=False))
+            messages = list(zip(roles, PROBES, strict=False))
             frames.append(_CONTENT.split(render(tokenizer, messages, rendering)))
     written = "\n".join(segment for frame in frames for segment in frame)
 

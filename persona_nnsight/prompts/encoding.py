@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING
 from persona_nnsight.errors import PersonaError
 from persona_nnsight.prompts.chat_template import render
 from persona_nnsight.prompts.control_text import control_text, decoded
+from persona_nnsight.prompts.offsets import offsets
 from persona_nnsight.prompts.prompt import Prompt
 from persona_nnsight.prompts.rendering import UNDATED, Rendering
 
@@ -54,11 +55,7 @@ def _encode(tokenizer: PreTrainedTokenizerBase, rendered: str) -> list[int]:
 def _spelling(tokenizer: PreTrainedTokenizerBase, rendered: str, token: int) -> str:
     """How a control token is written in a text, where the tokenizer tells; else its own name."""
     name = str(tokenizer.convert_ids_to_tokens(token))
-    try:
-        found = tokenizer(rendered, add_special_tokens=False, return_offsets_mapping=True)
-    except NotImplementedError:  # a tokenizer written in Python
-        return name
-    pairs = zip(found["input_ids"], found["offset_mapping"], strict=True)
+    pairs = offsets(tokenizer, rendered) or []
     spellings = {rendered[begin:end] for id_, (begin, end) in pairs if id_ == token}
     return next(iter(sorted(spellings - {name})), name)
 

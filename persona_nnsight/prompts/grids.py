@@ -32,6 +32,8 @@ import yaml
 
 from persona_nnsight.errors import PersonaError, escaped, quoted
 from persona_nnsight.method.marker_words import folded
+from persona_nnsight.prompts.prompt import Span
+from persona_nnsight.prompts.role_prompt import RolePrompt
 from persona_nnsight.prompts.strict_yaml import parse_yaml, read_small_file
 
 DEFAULT_TEMPLATE = "As {persona}, {task}"
@@ -231,11 +233,22 @@ class Grid:
         The four prompts of a cell are BB `prompt(None, None)`, XB `prompt(persona, None)`,
         BY `prompt(None, task)` and XY `prompt(persona, task)`.
         """
+        return self.role_prompt(persona, task).text
+
+    def role_prompt(self, persona: Persona | None, task: Task | None) -> RolePrompt:
+        """Fill the template as `prompt` does, and say where the two texts are in it."""
         texts = {
             "persona": self.baseline_persona if persona is None else persona.text,
             "task": self.baseline_task if task is None else task.text,
         }
-        return _TEMPLATE_FIELD.sub(lambda field: texts[field[1]], self.template)
+        filled, copied = "", 0
+        spans: dict[str, Span] = {}
+        for field in _TEMPLATE_FIELD.finditer(self.template):
+            filled += self.template[copied : field.start()]
+            spans[field[1]] = len(filled), len(filled) + len(texts[field[1]])
+            filled += texts[field[1]]
+            copied = field.end()
+        return RolePrompt(filled + self.template[copied:], spans["persona"], spans["task"])
 
     def donor(self, persona: Persona) -> Persona | None:
         """Give the persona that follows in the whole grid (the first follows the last).

@@ -75,7 +75,7 @@ def run_manifest(
             }
             for index, cell in enumerate(plan.cells)
         ],
-        "prompts": [asdict(prompt) for prompt in plan.prompts],
+        "prompts": [prompt.to_data() for prompt in plan.prompts],
         "cost": cost.to_dict(),
         **_spent(model, where, seconds),
     }

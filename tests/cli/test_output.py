@@ -210,7 +210,7 @@ def test_a_run_that_is_refused_for_its_words(persona: Persona, a_run: Path, name
         harmless(outcome)
 
 
-def test_grids_and_vectors(persona: Persona, a_run: Path) -> None:
+def test_grids_and_vectors(persona: Persona, a_run: Path, tiny_dir: TinyDir) -> None:
     for text in ("a \u202e b", "[/x] :smile: [bold]b"):
         Path("odd.yaml").write_text(
             f'name: x\npersonas: {{a: "{text}"}}\ntasks: {{b: "{text}"}}\n', encoding="utf-8"
@@ -218,6 +218,7 @@ def test_grids_and_vectors(persona: Persona, a_run: Path) -> None:
         for command in (
             ("show", "odd.yaml"),
             ("show", "odd.yaml", "--yaml"),
+            ("show", "odd.yaml", "--tokens", "-m", tiny_dir("llama")),
             ("check", "odd.yaml"),
         ):
             outcome = persona("grids", *command)
@@ -328,6 +329,7 @@ def test_other_commands(encoding: str, tiny_dir: TinyDir, a_run: Path) -> None:
         *(("grids", "show", "long"), ("grids", "list"), ("grids", "show", "short", "--yaml")),
         *(("vectors", vectors), ("vectors", vectors, "--gguf", "control"), ("models",)),
         *(("doctor", "-m", tiny_dir("llama")), ("report", "finished"), ("--version",)),
+        ("grids", "show", "short", "--tokens", "-m", tiny_dir("llama")),
     ):
         code, words, err = printed(encoding, *command)
         assert code == 0, (command, err)

@@ -1,6 +1,6 @@
 """`persona grids`: list, show, check and import grids."""
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
@@ -8,6 +8,9 @@ import typer
 from rich.table import Table
 
 from persona_cli.console import output, plain, say, says_all
+from persona_cli.options import DEFAULT_MODEL, names
+from persona_cli.token_groups import show_tokens
+from persona_nnsight.errors import PersonaError
 
 if TYPE_CHECKING:
     from persona_nnsight.prompts.grids import Grid
@@ -53,16 +56,56 @@ def show(
     yaml: Annotated[
         bool, typer.Option("--yaml", help="Print the YAML, to start a grid of your own from.")
     ] = False,
+    tokens: Annotated[
+        bool,
+        typer.Option(
+            "--tokens",
+            help="Print the four prompts of a cell as tokens, by the groups they belong to.",
+        ),
+    ] = False,
+    model: Annotated[
+        str | None,
+        typer.Option(
+            "--model",
+            "-m",
+            help="With --tokens: whose tokens; only the tokenizer is loaded.",
+            show_default=DEFAULT_MODEL,
+        ),
+    ] = None,
+    personas: Annotated[
+        str | None,
+        typer.Option(
+            metavar="KEYS",
+            help="With --tokens: these personas, with commas between them.",
+            show_default="the first",
+        ),
+    ] = None,
+    tasks: Annotated[
+        str | None,
+        typer.Option(metavar="KEYS", help="With --tokens: these tasks.", show_default="the first"),
+    ] = None,
 ) -> None:
     """Show the personas, tasks, baselines and markers of a grid.
 
     Markers are words that give a persona away in a generated text. One with
     a space or a hyphen counts anywhere in the text, any other only as a
     whole word.
+
+    With --tokens, each line is a group of tokens: the frame before persona
+    and task, these two (what stands between them goes with the later one),
+    the header after them, and the last token, where the answer begins.
     """
     from persona_nnsight.prompts.grids import Grid
 
+    _check_options(yaml, tokens, {"--model": model, "--personas": personas, "--tasks": tasks})
     loaded = Grid.load(grid)
+    if tokens:
+        chosen = loaded.select(
+            names(personas) or list(loaded.persona_keys[:1]),
+            names(tasks) or list(loaded.task_keys[:1]),
+        )
+        show_tokens(chosen, DEFAULT_MODEL if model is None else model)
+        return
     if yaml:
         say(loaded.to_yaml(ascii_only=not says_all()), end="")
         return
@@ -77,10 +120,12 @@ def show(
         ("baseline task", loaded.baseline_task),
     ):
         head.add_row(label, plain(text))
-    personas = _texts("persona", "markers", [(p.key, p.text, p.markers) for p in loaded.personas])
-    tasks = _texts("task", "tags", [(t.key, t.text, t.tags) for t in loaded.tasks])
+    of_personas = _texts(
+        "persona", "markers", [(p.key, p.text, p.markers) for p in loaded.personas]
+    )
+    of_tasks = _texts("task", "tags", [(t.key, t.text, t.tags) for t in loaded.tasks])
     console = output()
-    for table in (head, personas, tasks):
+    for table in (head, of_personas, of_tasks):
         console.print(table)
         console.print()
 
@@ -136,6 +181,15 @@ def import_script(
     text = grid.to_yaml()
     write_new(out, lambda partial: partial.write_text(text, encoding="utf-8", newline="\n"))
     say(f"wrote {out}: {grid.name}, {_size(grid)}")
+
+
+def _check_options(yaml: bool, tokens: bool, of_tokens: Mapping[str, str | None]) -> None:
+    """Refuse options that would have no effect."""
+    if yaml and tokens:
+        raise PersonaError("--yaml prints a file and --tokens prints prompts; use one of them.")
+    for option, value in of_tokens.items():
+        if value is not None and not tokens:
+            raise PersonaError(f"{option} is for tokens; add --tokens, or leave it out.")
 
 
 def _size(grid: "Grid") -> str:
