@@ -143,3 +143,10 @@ def test_the_command_fails_where_the_page_says_otherwise(
 
 def test_the_page_has_every_class() -> None:
     assert list(page.read_page()) == architectures()
+
+
+def test_the_readme_counts_as_the_page_does() -> None:
+    rows = page.read_page()
+    run = sum(said.startswith("equal") for said, _ in rows.values())
+    readme = (page.PAGE.parents[1] / "README.md").read_text(encoding="utf-8")
+    assert f"{run} of transformers' {len(rows)} classes" in readme
