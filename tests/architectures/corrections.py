@@ -104,6 +104,7 @@ CORRECTIONS: dict[str, dict[str, Any]] = {
         "rope_parameters": {"rope_type": "default", "rope_theta": 1e4, "mrope_section": [3, 3, 2]},
     },
     "qwen2_5_omni_thinker": {"vision_start_token_id": 300},
+    "qwen3_omni_moe_thinker": {"vision_start_token_id": 300},
     "qwen4_exp_text": {
         **{"indexer_n_heads": 4, "indexer_kv_heads": 1, "indexer_head_dim": 16},
         **{"indexer_budget": window, "indexer_compress_ratio": 8},

@@ -10,7 +10,6 @@ from architectures.building import IMAGE_TEXT, TEXT, Architecture, architectures
 from architectures.verdict import ORDER, Verdict
 
 PAGE = Path(__file__).parents[2] / "docs" / "architectures.md"
-_BEGIN, _END = (f"<!-- verdicts: {what} -->" for what in ("begin", "end"))
 _TITLES = {TEXT: "Text", IMAGE_TEXT: "Images and text"}
 
 Rows = dict[Architecture, tuple[str, str]]
@@ -19,7 +18,12 @@ Rows = dict[Architecture, tuple[str, str]]
 
 def rows_of(verdicts: Sequence[Verdict]) -> Rows:
     """What the page is to say of some verdicts."""
-    return {each.architecture: (each.verdict, _cell(each.told)) for each in verdicts}
+    return {each.architecture: (each.verdict, _cell(_told(each))) for each in verdicts}
+
+
+def _told(verdict: Verdict) -> str:
+    other = verdict.loaded not in ("", verdict.architecture.class_name)
+    return f"{verdict.told}; loaded as {verdict.loaded}" if other else verdict.told
 
 
 def read_page() -> Rows:
@@ -57,12 +61,17 @@ def disagreements(page: Rows, found: Rows, *, everything: bool) -> list[str]:
 def write_page(rows: Rows) -> None:
     """Put the rows of what transformers has on the page, between its marks."""
     page = PAGE.read_text(encoding="utf-8")
-    before, _, rest = page.partition(_BEGIN)
-    _, _, after = rest.partition(_END)
     known = {each: rows[each] for each in architectures() if each in rows}
-    tables = [_counts(known), *(_table(task, known) for task in _TITLES)]
-    written = "\n\n".join((_BEGIN, *tables, _END))
-    PAGE.write_text(f"{before}{written}{after}", encoding="utf-8")
+    page = _between(page, "counts", _counts(known))
+    page = _between(page, "tables", "\n\n".join(_table(task, known) for task in _TITLES))
+    PAGE.write_text(page, encoding="utf-8")
+
+
+def _between(page: str, name: str, text: str) -> str:
+    """The page with a text between the marks of that name."""
+    begin, end = f"<!-- {name} -->", f"<!-- end of {name} -->"
+    before, _, rest = page.partition(begin)
+    return f"{before}{begin}\n{text}\n{end}{rest.partition(end)[2]}"
 
 
 def _counts(rows: Rows) -> str:

@@ -75,9 +75,9 @@ def test_what_is_measured_wrong_is_seen(monkeypatch: pytest.MonkeyPatch) -> None
 def test_what_cannot_be_compared_says_why(monkeypatch: pytest.MonkeyPatch) -> None:
     nowhere = Architecture(TEXT, "nowhere", "NowhereForCausalLM")
     assert judge(nowhere, LIMIT).verdict == NOT_BUILT
-    whisper = judge(Architecture(TEXT, "emu3", "Emu3ForCausalLM"), LIMIT)
-    assert whisper.verdict == REFUSED
-    assert "/" not in whisper.told  # where its directory was
+    text = judge(Architecture(TEXT, "emu3", "Emu3ForCausalLM"), LIMIT)
+    assert text.verdict == REFUSED
+    assert "/" not in text.told  # where its directory was
 
     def fails(*_: Any) -> None:
         raise ValueError("first\nsecond")
@@ -93,7 +93,10 @@ def test_what_cannot_be_compared_says_why(monkeypatch: pytest.MonkeyPatch) -> No
 @pytest.fixture
 def own_page(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     path = tmp_path / "architectures.md"
-    path.write_text("before\n<!-- verdicts: begin -->\nold\n<!-- verdicts: end -->\nafter\n")
+    path.write_text(
+        "before\n<!-- counts -->\nold\n<!-- end of counts -->\n"
+        "<!-- tables -->\nold\n<!-- end of tables -->\nafter\n"
+    )
     monkeypatch.setattr(page, "PAGE", path)
     return path
 
@@ -102,7 +105,7 @@ def test_the_page_says_what_came_out(own_page: Path) -> None:
     vision = Architecture(IMAGE_TEXT, "gemma3", "Gemma3ForConditionalGeneration")
     rows = page.rows_of(
         [
-            Verdict(LLAMA, EQUAL_FAST, "KL off by 3e-06"),
+            Verdict(LLAMA, EQUAL_FAST, "KL off by 3e-06", loaded="Llama4ForCausalLM"),
             Verdict(vision, REFUSED, "one | two\n<b> a_b*"),
         ]
     )
@@ -111,6 +114,7 @@ def test_the_page_says_what_came_out(own_page: Path) -> None:
     assert text.startswith("before\n")
     assert text.endswith("after\n")
     assert "old" not in text
+    assert "KL off by 3e-06; loaded as Llama4ForCausalLM" in text
     assert "Of 2 classes: 1 equal (fast), 1 refused." in text
     assert page.read_page() == rows
     assert page.disagreements(rows, rows, everything=True) == []
