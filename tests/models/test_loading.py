@@ -356,3 +356,28 @@ def test_broken_directories(tmp_path: Path) -> None:
     (directory / "config.json").write_text(json.dumps(config))
     with pytest.raises(PersonaError, match="cannot be loaded"):
         load_model(str(directory))
+
+
+def test_a_tower_of_as_many_layers_is_not_taken_for_the_decoder() -> None:
+    from transformers import GraniteConfig, VideoLlavaConfig, VideoLlavaForConditionalGeneration
+
+    vision: dict[str, Any] = {
+        **{"model_type": "clip_vision_model", "hidden_size": 32, "intermediate_size": 64},
+        "num_hidden_layers": N_LAYERS,
+        **{"num_attention_heads": 2, "image_size": 8, "patch_size": 4, "projection_dim": 32},
+    }
+    text = GraniteConfig(
+        vocab_size=259, hidden_size=32, intermediate_size=64, num_hidden_layers=N_LAYERS,
+        num_attention_heads=4, num_key_value_heads=2,
+    )  # fmt: skip
+    config = VideoLlavaConfig(text_config=text, vision_config=vision)
+    build: Any = VideoLlavaForConditionalGeneration
+    with torch.device("meta"):
+        model = build(config)
+    lists = {
+        name: len(module)
+        for name, module in model.named_modules()
+        if isinstance(module, torch.nn.ModuleList)
+    }
+    assert list(lists.values()).count(N_LAYERS) > 1
+    assert find_tree(model, torch.float32).layers == "model.language_model.layers"
