@@ -80,7 +80,7 @@ def find_tree(model: PreTrainedModel, dtype: torch.dtype) -> ModuleTree:
         for name, length in lists.items()
         if 0 < length == n_layers and not any(tower in name.lower() for tower in _TOWERS)
     ]
-    if len(fitting) > 1:
+    if len(fitting) > 1 and hasattr(model, "get_decoder"):
         # A tower that hears or sees may have as many layers as the text decoder.
         inside = set(model.get_decoder().modules())
         fitting = [name for name in fitting if model.get_submodule(name) in inside]
