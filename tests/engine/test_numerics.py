@@ -101,7 +101,9 @@ def test_a_weight_that_is_not_finite(
     """Layer 2 reads what comes before the bad weight, layer 3 is the first after it."""
     model = spoilt(tmp_path / "m", put(WEIGHT, (3, 5), value))
     said = refusal(persona, *COMMANDS[command], "--model", model, "--layers", layers)
-    where = "of the XY prompt of cell yoda/haiku is not finite at layer 3, position before p_last"
+    # Where it is asked for, or where it comes up first.
+    position = "p_last" if layers == "3" else "before p_last"
+    where = f"of the XY prompt of cell yoda/haiku is not finite at layer 3, position {position}"
     assert where in said
 
 

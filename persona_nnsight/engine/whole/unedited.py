@@ -140,5 +140,6 @@ def _stacked(chunk: Chunk, sites: Sequence[tuple[str, int]], found: Sequence[_Fo
     def stack(of: Sequence[dict[tuple[str, int], Tensor]]) -> dict[tuple[str, int], Tensor]:
         return {site: torch.stack([one.get(site, nothing) for one in of]) for site in sites}
 
-    normed = [one.normed for one in found]
-    return Sites(stack([one.residuals for one in found]), stack(normed) if any(normed) else {})
+    residuals = stack([one.residuals for one in found])
+    has_norm = chunk.tree.input_norm is not None
+    return Sites(residuals, stack([one.normed for one in found]) if has_norm else {})
