@@ -277,6 +277,7 @@ def test_a_token_that_sees_nothing_is_refused(case: Callable[[str], Case]) -> No
 
 
 @pytest.mark.smollm2
+@pytest.mark.slow
 def test_where_the_persona_of_the_embedded_model_is(smollm2: Model) -> None:
     """Of three cells, the medians: the persona's own entries, then the task's, not the header's."""
     oracle = Mechanism(smollm2.lm._module, smollm2.tokenizer, [2])

@@ -239,7 +239,6 @@ def test_generated_text_matches_reference(tiny64: Tiny, family: str, path: str) 
         ("llama", "auto"),
         ("llama", "whole"),
         ("gemma2", "auto"),
-        ("mpt", "auto"),
         ("longrope", "auto"),
     ],
 )
