@@ -11,6 +11,7 @@ from torch import Tensor
 from persona_nnsight.engine.chunk import Chunk
 from persona_nnsight.engine.decode import Decoded
 from persona_nnsight.engine.finite import edited_not_finite, output_not_finite
+from persona_nnsight.method.kl import window_kl
 from persona_nnsight.models.module_tree import has_few_bits
 from persona_nnsight.plan.plan import Edit
 
@@ -48,6 +49,42 @@ def check_clean(chunk: Chunk, decoded: Decoded, clean: Clean) -> None:
 def has_own_reference(chunk: Chunk, edit: Edit) -> bool:
     """Whether a batch of such edits holds the unedited rows that its KLs are taken from."""
     return has_few_bits(chunk.dtype) and edit.host == "XY" and not edit.is_unedited
+
+
+def references(chunk: Chunk, edit: Edit, cells: Sequence[int]) -> list[int]:
+    """The cells, each once, whose unedited rows stand at the end of a batch of such edits."""
+    return list(dict.fromkeys(cells)) if has_own_reference(chunk, edit) else []
+
+
+def batch_kl(
+    clean: Clean,
+    logits: Tensor,
+    cells: Sequence[int],
+    beside: Sequence[int],
+    window: slice,
+    n_tokens: Tensor,
+) -> Tensor:
+    """KL of the rows of a batch, float32 [rows].
+
+    Args:
+        clean: what XY predicts.
+        logits: of the rows and of those `beside` them, [rows + beside, window, vocab].
+        cells: of each row, its cell within the chunk.
+        beside: `references`.
+        window: of the continuation's tokens.
+        n_tokens: how many of them exist, int [rows].
+    """
+    reference, against = clean, cells
+    if beside:
+        reference, window = Clean.of(logits[len(cells) :]), slice(None)
+        against = [beside.index(cell) for cell in cells]
+    return window_kl(
+        reference.logprobs[:, window],
+        reference.probs[:, window],
+        logits[: len(cells)],
+        against,
+        n_tokens,
+    )
 
 
 def checked_scores(

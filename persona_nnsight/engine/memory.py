@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import gc
 import logging
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Hashable, Iterable, Iterator, Sequence
 from typing import TypeVar
 
 import torch
@@ -66,6 +66,14 @@ def in_batches(
         gc.collect()
         if torch.cuda.is_available():
             torch.cuda.empty_cache()
+
+
+def alike(items: Iterable[T], shape: Callable[[T], Hashable]) -> Iterable[list[T]]:
+    """Items that can share a batch because their `shape` is the same."""
+    groups: dict[Hashable, list[T]] = {}
+    for item in items:
+        groups.setdefault(shape(item), []).append(item)
+    return groups.values()
 
 
 def is_out_of_memory(error: Exception) -> bool:

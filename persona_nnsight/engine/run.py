@@ -4,14 +4,14 @@ from __future__ import annotations
 
 from collections.abc import Callable, Hashable, Iterable, Iterator, Sequence
 from contextlib import nullcontext
-from typing import Any, TypeVar
+from typing import Any
 
 import torch
 
 from persona_nnsight.engine.chunk import Chunk, is_far
 from persona_nnsight.engine.fast.attention import grouped_attention
 from persona_nnsight.engine.fast.runs import FastRuns
-from persona_nnsight.engine.memory import in_batches
+from persona_nnsight.engine.memory import alike, in_batches
 from persona_nnsight.engine.record import public_geometry, public_residuals
 from persona_nnsight.engine.runs import Row, Runs
 from persona_nnsight.engine.whole.runs import WholeRuns
@@ -19,8 +19,6 @@ from persona_nnsight.models.module_tree import ModuleTree
 from persona_nnsight.plan.costs import Limits
 from persona_nnsight.plan.events import Done, Event, Recorded, Scored, Written
 from persona_nnsight.plan.plan import Edit, Plan
-
-T = TypeVar("T")
 
 
 @torch.no_grad()
@@ -79,7 +77,7 @@ def _scores(runs: Runs, numbers: Sequence[int], done: Done) -> Iterator[Scored]:
 
     scored = [index for index, edit in enumerate(plan.edits) if edit.scored]
     for edits in _groups(plan, scored, lambda edit: edit.batch_key):
-        for rows in _alike(_rows(plan, edits, numbers), runs.shape):
+        for rows in alike(_rows(plan, edits, numbers), runs.shape):
             size = runs.rows_at_once(rows[0])
             for batch, results in in_batches(rows, size, runs.score, is_done):
                 for (cell, edit), (kl, n_tokens) in zip(batch, results, strict=True):
@@ -103,26 +101,18 @@ def _texts(runs: Runs, numbers: Sequence[int], limits: Limits, done: Done) -> It
             unedited = cells[cell].prompts[plan.edits[edit].host]
             text = unedited if plan.edits[edit].is_unedited else (cell, edit)
             sharing.setdefault(text, []).append((cell, edit))
-        for texts in _alike(sharing.values(), lambda rows: runs.shape(rows[0], text=True)):
+        for texts in alike(sharing.values(), lambda rows: runs.shape(rows[0], text=True)):
             for batch, found in in_batches(texts, limits.rows, work, is_done):
                 for rows, tokens in zip(batch, found, strict=True):
                     for cell, edit in rows:
                         yield Written(numbers[cell], edit, tokens)
 
 
-def _alike(items: Iterable[T], shape: Callable[[T], Hashable]) -> Iterable[list[T]]:
-    """Items that can share a batch because their `shape` is the same."""
-    groups: dict[Hashable, list[T]] = {}
-    for item in items:
-        groups.setdefault(shape(item), []).append(item)
-    return groups.values()
-
-
 def _groups(
     plan: Plan, edits: Sequence[int], what: Callable[[Edit], Hashable]
 ) -> Iterable[list[int]]:
     """Edits that can share a batch because `what` is the same of them."""
-    return _alike(edits, lambda index: what(plan.edits[index]))
+    return alike(edits, lambda index: what(plan.edits[index]))
 
 
 def _rows(plan: Plan, edits: Sequence[int], numbers: Sequence[int]) -> list[Row]:

@@ -19,7 +19,6 @@ import torch
 from torch import Tensor
 
 from persona_nnsight.engine.chunk import Chunk, is_far
-from persona_nnsight.engine.decode import decoding
 from persona_nnsight.engine.fast.attention import grouped_attention
 from persona_nnsight.engine.fast.decode import prompt_inputs
 from persona_nnsight.engine.fast.extend import entry_layer
@@ -28,6 +27,7 @@ from persona_nnsight.engine.fast.kv_cache import KVCache
 from persona_nnsight.engine.fast.prefill import prefill, room
 from persona_nnsight.engine.memory import is_out_of_memory
 from persona_nnsight.engine.plain import forget, last_logits, last_tokens, plain_inputs
+from persona_nnsight.engine.whole.decode import whole_inputs
 from persona_nnsight.engine.wide_logits import wide_logits
 from persona_nnsight.errors import PersonaError, first_line
 from persona_nnsight.method.edit_vectors import seeded_noise
@@ -247,8 +247,7 @@ def _keeps_cache(probe: _Probe) -> bool:
     try:
         for own in probe.ids:
             ids = torch.tensor([own, own], device=probe.chunk.device)
-            inputs = {"input_ids": ids, "attention_mask": torch.ones_like(ids)}
-            inputs |= decoding(plan, n_tokens)
+            inputs = whole_inputs(plan, ids, n_tokens)
             if _decoded_excess(probe, inputs, n_tokens, [own, own]) > 1:
                 return False
     except Exception as error:

@@ -11,7 +11,7 @@ from tiny import Tiny, TinyDir
 
 from persona_nnsight import Grid, Model, load_model, steer, substitute
 from persona_nnsight.engine import clean
-from persona_nnsight.engine.fast import runs, score
+from persona_nnsight.engine.fast import runs
 from persona_nnsight.engine.wide_logits import wide_logits
 
 DTYPES = ("bfloat16", "float16")
@@ -98,7 +98,7 @@ def test_an_edited_row_is_set_against_one_of_its_own_batch(
         return found
 
     own = clean.has_own_reference
-    for module in (runs, score):
+    for module in (runs, clean):
         monkeypatch.setattr(module, "has_own_reference", watched)
     low = load_model(str(tiny_dir("llama")), dtype="bfloat16")
     for model in (low, tiny("llama")):

@@ -8,13 +8,12 @@ import nnsight
 
 from persona_nnsight.engine.acts import ACTS
 from persona_nnsight.engine.chunk import Chunk
-from persona_nnsight.engine.clean import Clean, checked_scores, has_own_reference
+from persona_nnsight.engine.clean import Clean, batch_kl, checked_scores, references
 from persona_nnsight.engine.fast.extend import HostRun, entry_layer
 from persona_nnsight.engine.fast.inputs import forward_inputs
 from persona_nnsight.engine.fast.prefill import room
 from persona_nnsight.engine.plain import last_tokens
 from persona_nnsight.engine.record import Record
-from persona_nnsight.method.kl import window_kl
 from persona_nnsight.method.sites import generated_index
 
 
@@ -46,7 +45,7 @@ def score(
     k = generated_index(shared.anchor)
     end = plan.tail - 1 + k + plan.window
     # Unedited rows at the end of the batch, one for each of its cells.
-    beside = list(dict.fromkeys(cells)) if has_own_reference(chunk, edit) else []
+    beside = references(chunk, edit, cells)
     every = [*cells, *beside]
     prompts = [chunk.cells[cell].prompts[host.key] for cell in cells]
     # Tokens before the first that is touched are as in the unedited run, whose KV cache has them.
@@ -69,17 +68,6 @@ def score(
         for layer, change in changes.items():
             change(layers[layer].input)
         logits = lm.output.logits
-        reference, against, window = clean, cells, slice(k, k + plan.window)
-        if beside:
-            reference, window = Clean.of(logits[len(cells) :]), slice(None)
-            against = [beside.index(cell) for cell in cells]
-        kl = nnsight.save(
-            window_kl(
-                reference.logprobs[:, window],
-                reference.probs[:, window],
-                logits[: len(cells)],
-                against,
-                n_tokens,
-            )
-        )
+        window = slice(k, k + plan.window)
+        kl = nnsight.save(batch_kl(clean, logits, cells, beside, window, n_tokens))
     return checked_scores(chunk, recorded.decoded, batch, kl.tolist(), n_tokens.tolist())

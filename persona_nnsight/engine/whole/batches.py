@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator, Sequence
 from typing import TypeVar
 
-from persona_nnsight.engine.memory import in_batches
+from persona_nnsight.engine.memory import alike, in_batches
 
 T = TypeVar("T")
 R = TypeVar("R")
@@ -28,8 +28,5 @@ def in_even_batches(
     Returns:
         Each batch and its result.
     """
-    groups: dict[tuple[int, ...], list[T]] = {}
-    for item in items:
-        groups.setdefault(shape(item), []).append(item)
-    for key, group in groups.items():
-        yield from in_batches(group, size(key), work)
+    for group in alike(items, shape):
+        yield from in_batches(group, size(shape(group[0])), work)

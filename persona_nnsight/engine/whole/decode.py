@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import Any
 
 import nnsight
 import torch
@@ -15,6 +16,7 @@ from persona_nnsight.engine.plain import last_logits, plain_inputs
 from persona_nnsight.engine.texts import Changes, generate_edited
 from persona_nnsight.engine.whole.batches import in_even_batches
 from persona_nnsight.plan.costs import Limits
+from persona_nnsight.plan.plan import Plan
 
 
 def decode(chunk: Chunk, limits: Limits) -> Decoded:
@@ -28,8 +30,7 @@ def decode(chunk: Chunk, limits: Limits) -> Decoded:
         if recomputes(chunk, limits):
             tokens, _, margins = recomputed(chunk, ids, n_tokens, {})
             return tokens, margins
-        inputs = {"input_ids": ids, "attention_mask": torch.ones_like(ids)}
-        return generate(chunk.lm, {**inputs, **decoding(plan, n_tokens)}, n_tokens)
+        return generate(chunk.lm, whole_inputs(plan, ids, n_tokens), n_tokens)
 
     cells: list[int] = []
     found: list[tuple[Tensor, Tensor]] = []
@@ -60,8 +61,14 @@ def edited_texts(
     if recomputes(chunk, limits):
         tokens, broken, _ = recomputed(chunk, ids, n_tokens, changes)
         return tokens, broken
-    inputs = {"input_ids": ids, "attention_mask": torch.ones_like(ids)}
-    return generate_edited(chunk, {**inputs, **decoding(chunk.plan, n_tokens)}, n_tokens, changes)
+    inputs = whole_inputs(chunk.plan, ids, n_tokens)
+    return generate_edited(chunk, inputs, n_tokens, changes)
+
+
+def whole_inputs(plan: Plan, ids: Tensor, n_tokens: int) -> dict[str, Any]:
+    """Arguments of a ``generate`` from whole prompts of one length, int [rows, length]."""
+    mask = torch.ones_like(ids)
+    return {"input_ids": ids, "attention_mask": mask, **decoding(plan, n_tokens)}
 
 
 def recomputes(chunk: Chunk, limits: Limits) -> bool:

@@ -10,10 +10,9 @@ import torch
 
 from persona_nnsight.engine.acts import ACTS
 from persona_nnsight.engine.chunk import Chunk
-from persona_nnsight.engine.clean import Clean, checked_scores, has_own_reference
+from persona_nnsight.engine.clean import Clean, batch_kl, checked_scores, references
 from persona_nnsight.engine.plain import last_logits, plain_inputs
 from persona_nnsight.engine.record import Record
-from persona_nnsight.method.kl import window_kl
 from persona_nnsight.method.sites import generated_index
 
 
@@ -40,7 +39,7 @@ def score(
     if not n_tokens:
         return [(math.nan, 0)] * len(batch)
     # Unedited rows at the end of the batch, one for each of its cells.
-    beside = list(dict.fromkeys(cells)) if has_own_reference(chunk, edit) else []
+    beside = references(chunk, edit, cells)
     prompts = [chunk.cells[cell].prompts[edit.host] for cell in [*cells, *beside]]
     continuations = recorded.decoded.continuations[[*cells, *beside], :followed].tolist()
     ids = [
@@ -53,23 +52,12 @@ def score(
     changes = act.forced(
         chunk, recorded, rows, prompts[: len(cells)], range(start, plan.tail + followed)
     )
+    counts = [n_tokens] * len(batch)
     kept = followed - k + 1
     with lm.trace(**plain_inputs(lm, torch.tensor(ids, device=chunk.device), kept)):
         for layer, change in sorted(changes.items()):
             change(chunk.editable_residual(layer))
         logits = last_logits(lm, kept)[:, :n_tokens]
-        reference, against, window = clean, cells, slice(k, k + n_tokens)
-        if beside:
-            reference, window = Clean.of(logits[len(cells) :]), slice(None)
-            against = [beside.index(cell) for cell in cells]
-        kl = nnsight.save(
-            window_kl(
-                reference.logprobs[:, window],
-                reference.probs[:, window],
-                logits[: len(cells)],
-                against,
-                torch.full((len(cells),), n_tokens),
-            )
-        )
-    counts = [n_tokens] * len(batch)
+        window = slice(k, k + n_tokens)
+        kl = nnsight.save(batch_kl(clean, logits, cells, beside, window, torch.tensor(counts)))
     return checked_scores(chunk, recorded.decoded, batch, kl.tolist(), counts)
