@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from concurrent.futures import ProcessPoolExecutor
 from dataclasses import replace
 from functools import partial
+from multiprocessing import get_context
 from typing import Any
 
 import pytest
@@ -138,7 +140,11 @@ def test_a_small_budget_on_a_gpu_leaves_room_for_rows(tiny: Tiny) -> None:
     assert limits.cells > 1
 
 
-def test_a_budget_is_kept() -> None:
+BUDGETS = (120_000_000, 400_000_000)
+
+
+def cells_and_peaks() -> list[tuple[int, int]]:
+    """By budget: how many cells are recorded together, and bytes at the peak of the run."""
     # As with real models, most of it goes to logits and KV caches.
     config = LlamaConfig(
         vocab_size=60_000,
@@ -153,15 +159,22 @@ def test_a_budget_is_kept() -> None:
     model = random_model("wide", config, texts_of([grid]), device="cpu")
     plan = Substitute(layers="all", positions="p_last", conditions="additive").plan(model, grid)
     execute(model, study_of(grid, plan))  # what is only allocated once
-    chunks = []
-    for budget in (120_000_000, 400_000_000):
+    found = []
+    for budget in BUDGETS:
         backend = LocalBackend(model, memory_budget=budget)
-        chunks.append(backend.limits(plan).cells)
         run = partial(execute, model, study_of(grid, plan), backend=backend)
-        # What else the process does can only add to a peak.
-        peak = min(measure(model, run)[1].peak_bytes for _ in range(2))
+        _, measured = measure(model, run)
+        found.append((backend.limits(plan).cells, measured.peak_bytes))
+    return found
+
+
+def test_a_budget_is_kept() -> None:
+    """In a process of its own: what a long one has let go of in pieces is no room for a run."""
+    with ProcessPoolExecutor(1, mp_context=get_context("spawn")) as there:
+        found = there.submit(cells_and_peaks).result()
+    for budget, (_, peak) in zip(BUDGETS, found, strict=True):
         assert peak < 1.1 * budget
-    assert chunks[0] < chunks[1]
+    assert found[0][0] < found[1][0]
 
 
 @pytest.mark.parametrize(
